@@ -1,4 +1,4 @@
-"""The JPEG format: quantization tables and a codec in torch."""
+"""The JPEG format: quantization tables, a codec in torch, and files."""
 
 from .codec import (
     Coefficients,
@@ -13,27 +13,48 @@ from .codec import (
     round_trip,
     ycbcr_to_rgb,
 )
+from .file import (
+    JPEGData,
+    apply_orientation,
+    decode_pixels,
+    encode_with_pillow,
+    jpeg_data_from,
+    read_jpeg,
+    read_jpeg_and_pixels,
+    undo_orientation,
+)
+from .header import MAX_PIXELS, JPEGError
 from .sampling import SUBSAMPLINGS, sampling_factors, subsampling_name
 from .tables import STANDARD_CHROMA, STANDARD_LUMA, QualityEstimate, estimate_quality, tables_for_quality
 
 __all__ = [
+    "MAX_PIXELS",
     "STANDARD_CHROMA",
     "STANDARD_LUMA",
     "SUBSAMPLINGS",
     "Coefficients",
+    "JPEGData",
+    "JPEGError",
     "QualityEstimate",
+    "apply_orientation",
     "dct_to_image",
     "decode",
+    "decode_pixels",
     "encode",
+    "encode_with_pillow",
     "estimate_quality",
     "forward_dct",
     "image_to_dct",
     "inverse_dct",
+    "jpeg_data_from",
     "quantize",
+    "read_jpeg",
+    "read_jpeg_and_pixels",
     "rgb_to_ycbcr",
     "round_trip",
     "sampling_factors",
     "subsampling_name",
     "tables_for_quality",
+    "undo_orientation",
     "ycbcr_to_rgb",
 ]

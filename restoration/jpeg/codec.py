@@ -47,6 +47,16 @@ class Coefficients:
         planes = tuple(plane.to(device=device, dtype=dtype) for plane in self.planes)
         return replace(self, planes=planes, tables=tuple(table.to(device) for table in self.tables))
 
+    def __len__(self) -> int:
+        return len(self.planes[0])
+
+    def __getitem__(self, index: int) -> Coefficients:
+        """One picture of the batch, as a batch of one."""
+        pick = range(len(self))[index]
+        planes = tuple(plane[pick : pick + 1] for plane in self.planes)
+        tables = tuple(table if len(table) == 1 else table[pick : pick + 1] for table in self.tables)
+        return replace(self, planes=planes, tables=tables)
+
     @property
     def subsampling(self) -> str:
         """Name of the sampling, such as "4:2:0", "gray" or "2x2,2x1,1x2"."""

@@ -71,8 +71,8 @@ class PairDataset(Dataset[dict[str, Any]]):
     has its own permutation of the pictures, the index its own crop and degradation. Resuming therefore needs only the
     number of pictures seen, and the number of workers changes nothing.
 
-    Item: `clean` and `degraded` float32 (3,crop,crop) in [0,1], `quality` float32 scalar 0..100 (the last compression's),
-    `index`, `path`.
+    Item: `clean` and `degraded` float32 (3,crop,crop) in [0,1], `quality` float32 scalar 0..100 (the last
+    compression's), `index`, `path`.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,10 +97,8 @@ def decode(coefficients: Coefficients, *, round_to_8bit: bool = True) -> Tensor:
     that the result is Pillow's to within rounding of the DCT; without, everything after the coefficients stays
     continuous and only the range is clipped. Raises ValueError for fractional sampling ratios.
     """
-    blocks = [
-        plane.float() * table.to(plane.device).float()[:, None, None]
-        for plane, table in zip(coefficients.planes, coefficients.tables, strict=True)
-    ]
+    pairs = zip(coefficients.planes, coefficients.tables, strict=True)
+    blocks = (plane * table.to(plane.device).float()[:, None, None] for plane, table in pairs)
     return dct_to_image(blocks, coefficients, round_to_8bit=round_to_8bit)
 
 
@@ -139,7 +137,7 @@ def image_to_dct(
     return tuple(forward_dct(box - 128) for box in boxes)
 
 
-def dct_to_image(blocks: Sequence[Tensor], like: Coefficients, *, round_to_8bit: bool = True) -> Tensor:
+def dct_to_image(blocks: Iterable[Tensor], like: Coefficients, *, round_to_8bit: bool = True) -> Tensor:
     """RGB (B, 3, H, W) in [0, 1] of dequantized coefficients, per component (B, Hb, Wb, 8, 8), shaped as `like` is."""
     planes = []
     for block, ratio in zip(blocks, component_ratios(like.sampling), strict=True):
@@ -152,7 +150,7 @@ def dct_to_image(blocks: Sequence[Tensor], like: Coefficients, *, round_to_8bit:
         levels = levels.expand(-1, 3, -1, -1)
     elif like.color_space == "ycbcr":
         levels = ycbcr_to_rgb(levels, round_to_8bit=round_to_8bit)
-    return levels.clamp(0, 255) / 255
+    return levels.clamp(0, 255).div_(255)
 
 
 def forward_dct(plane: Tensor) -> Tensor:

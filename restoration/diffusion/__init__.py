@@ -1,0 +1,1 @@
+"""Stochastic differential equations, their samplers, and what a network's output means in them."""

@@ -1,0 +1,147 @@
+"""Degraded crops are what Pillow and ffmpeg make of real JPEG bytes, aligned with the clean crop, and reproducible."""
+
+import io
+from dataclasses import replace
+
+import av
+import jpeglib
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from training.degradation import MAX_SHIFT, PRESETS, Degradation, compress, decode_ffmpeg, degrade, encode
+
+
+@pytest.fixture(scope="module")
+def crop():
+    return np.ascontiguousarray(data.astronaut()[60:159, 120:215])
+
+
+def generator(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("quality", [0, 5, 50, 100])
+def test_paper_compression_is_plain_pillow(crop, quality):
+    """DriftRec saves with Pillow and nothing but a quality: same bytes, hence 4:2:0 at every quality."""
+    buffer = io.BytesIO()
+    Image.fromarray(crop).save(buffer, format="jpeg", quality=quality)
+    assert encode(crop, quality) == buffer.getvalue()
+    assert np.array_equal(compress(crop, quality), np.array(Image.open(buffer)))
+
+
+@pytest.mark.parametrize("name, horizontal, vertical", [("4:4:4", 1, 1), ("4:2:2", 2, 1), ("4:2:0", 2, 2)])
+def test_subsampling_names_reach_the_file(crop, tmp_path, name, horizontal, vertical):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encode(crop, 75, name))
+    coefficients = jpeglib.read_dct(str(path))
+    luma, chroma = coefficients.Y.shape[:2], coefficients.Cb.shape[:2]
+    assert chroma == (-(-luma[0] // vertical), -(-luma[1] // horizontal))
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("height, width", [(64, 64), (33, 57), (1, 1)])
+def test_ffmpeg_decoder_gives_the_pixels_of_opening_the_file_as_video(crop, subsampling, height, width):
+    """ComfyUI's LoadImage opens a JPEG as a one-frame video and converts it to rgb24."""
+    encoded = encode(np.ascontiguousarray(crop[:height, :width]), 30, subsampling)
+    with av.open(io.BytesIO(encoded)) as container:
+        expected = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.array_equal(decode_ffmpeg(encoded), expected)
+
+
+def test_decoders_differ_on_subsampled_chroma_yet_show_the_same_picture(crop):
+    pillow, ffmpeg = (compress(crop, 40, "4:2:0", decoder).astype(int) for decoder in ("pillow", "ffmpeg"))
+    difference = np.abs(pillow - ffmpeg)
+    assert difference.max() > 2 and difference.mean() < 4
+
+
+def test_the_same_generator_gives_the_same_crop_and_another_seed_another(crop):
+    first, again, other = (degrade(crop, PRESETS["wide"], generator(seed)) for seed in (3, 3, 4))
+    assert np.array_equal(first.image, again.image) and first.description == again.description
+    assert not np.array_equal(first.image, other.image)
+
+
+def test_description_is_enough_to_make_the_crop_again(crop):
+    wide = replace(PRESETS["wide"], double_probability=0.0)
+    for seed in range(20):
+        result = degrade(crop, wide, generator(seed))
+        drawn = result.description
+        expected = compress(crop, drawn["quality"], drawn["subsampling"], drawn["decoder"])
+        assert np.array_equal(result.image, expected) and result.quality == drawn["quality"]
+        assert np.array_equal(result.clean, crop)
+
+
+@pytest.mark.parametrize("margin", [0, MAX_SHIFT])
+def test_a_displaced_first_compression_stays_aligned_with_the_clean_crop(crop, margin):
+    """At quality 100 both compressions change little, so any misalignment would show as a large error."""
+    fine = Degradation(100, 100, {"4:4:4": 1.0}, 1.0, 100, 100, shift=True)
+    offsets = set()
+    for seed in range(25):
+        result = degrade(crop, fine, generator(seed), margin=margin)
+        assert result.image.shape == (crop.shape[0] - margin, crop.shape[1] - margin, 3)
+        assert np.array_equal(result.clean, crop[margin:, margin:])
+        assert np.abs(result.image.astype(int) - result.clean).mean() < 1.5
+        offsets.add(result.description["first"]["offset"])
+    assert len(offsets) > 15 and all(0 <= value <= MAX_SHIFT for offset in offsets for value in offset)
+
+
+def test_the_first_grid_lies_where_the_offset_says():
+    """After a coarse first and a fine second compression, block steps appear `offset` before multiples of eight."""
+    texture = generator(9).normal(128, 30, (95, 95, 1)).clip(0, 255).astype(np.uint8).repeat(3, axis=2)
+    coarse = Degradation(100, 100, {"4:4:4": 1.0}, 1.0, 2, 2, shift=True)
+    for seed in range(5):
+        result = degrade(texture, coarse, generator(seed), margin=MAX_SHIFT)
+        shift = result.description["first"]["offset"][1]
+        steps = np.abs(np.diff(result.image[..., 1].astype(float), axis=1)).mean(axis=0)
+        by_phase = [steps[phase::8].mean() for phase in range(8)]
+        assert int(np.argmax(by_phase)) == (7 - shift) % 8
+
+
+def test_shares_and_ranges_are_those_asked_for(crop):
+    wide = replace(PRESETS["wide"], grayscale_probability=0.5)
+    small = np.ascontiguousarray(crop[:8, :8])
+    rng = generator()
+    drawn = [degrade(small, wide, rng).description for _ in range(1000)]
+    qualities = np.array([d["quality"] for d in drawn])
+    assert qualities.min() == 5 and qualities.max() == 95 and abs(qualities.mean() - 50) < 3
+    assert abs(np.mean([d["decoder"] == "ffmpeg" for d in drawn]) - 0.3) < 0.06
+    assert abs(np.mean([d["first"] is not None for d in drawn]) - 0.2) < 0.05
+    assert abs(np.mean([d["grayscale"] for d in drawn]) - 0.5) < 0.06
+    shares = [np.mean([d["subsampling"] == name for d in drawn]) for name in ("4:2:0", "4:4:4", "4:2:2")]
+    np.testing.assert_allclose(shares, [0.7, 0.2, 0.1], atol=0.06)
+
+
+def test_paper_preset_covers_qualities_0_to_100_and_nothing_else(crop):
+    rng = generator()
+    small = np.ascontiguousarray(crop[:8, :8])
+    drawn = [degrade(small, PRESETS["paper"], rng).description for _ in range(1500)]
+    assert {d["quality"] for d in drawn} == set(range(101))
+    assert {(d["subsampling"], d["decoder"], d["grayscale"], d["first"]) for d in drawn} == {
+        ("4:2:0", "pillow", False, None)
+    }
+
+
+def test_gray_crops_have_a_gray_clean_partner(crop):
+    result = degrade(crop, Degradation(grayscale_probability=1.0), generator())
+    for image in (result.clean, result.image):
+        assert np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+    assert Image.open(io.BytesIO(encode(crop, 50, grayscale=True))).mode == "L"
+    assert np.array_equal(result.clean[..., 0], np.array(Image.fromarray(crop).convert("L")))
+
+
+def test_wrong_settings_and_pictures_are_refused_in_words(crop):
+    with pytest.raises(ValueError, match="quality_min and quality_max"):
+        Degradation(quality_min=90, quality_max=10)
+    with pytest.raises(ValueError, match="double_probability must lie"):
+        Degradation(double_probability=2)
+    with pytest.raises(ValueError, match="subsampling names"):
+        Degradation(subsampling={"4:1:0": 1.0})
+    with pytest.raises(ValueError, match="positive sum"):
+        Degradation(subsampling={})
+    with pytest.raises(ValueError, match="uint8"):
+        degrade(crop / 255, Degradation(), generator())
+    with pytest.raises(ValueError, match="decoder must be"):
+        compress(crop, 50, decoder="browser")
+    with pytest.raises(ValueError, match="larger than its margin"):
+        degrade(crop[:10], Degradation(), generator(), margin=15)

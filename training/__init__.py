@@ -1,0 +1,1 @@
+"""The trainer: `python -m training` makes the weights that the nodes load."""

@@ -1,0 +1,180 @@
+"""What a training can be told: plain dataclasses, and presets as rows of one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from restoration.diffusion.prediction import Prediction
+from restoration.networks.ncsnpp import NCSNppConfig
+from training import degradation as jpeg
+from training.degradation import Degradation
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures come from and what is done to them."""
+
+    train: Path = Path("data/train")
+    """Folder of clean pictures, searched with its sub-folders."""
+    validation: Path | None = None
+    """Folder of clean pictures for validation; without it some of the training pictures are set aside."""
+    crop: int = 256
+    """Side of the square training crops, pixels."""
+    augmentation: Literal["paper", "crop"] = "paper"
+    """`paper`: a random square of 20 to 100% of the picture, resized. `crop`: a random square at its own scale."""
+    flips: bool = False
+    """Mirror half of the crops."""
+    rotations: bool = False
+    """Turn crops by multiples of 90 degrees."""
+    downscale: tuple[float, float] = (1.0, 1.0)
+    """With `crop`: shrink pictures by a random factor in this range first."""
+    degradation: Degradation = jpeg.PRESETS["paper"]
+    """What JPEG compression the crops go through."""
+    workers: int = 2
+    """Processes that prepare crops, for each training process; 0 prepares them in the training process."""
+    cache_mb: float = 256
+    """Decoded pictures kept by each worker, MB."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the average of the weights."""
+
+    learning_rate: float = 1e-4
+    """Step size after the warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` falls to 1% of the learning rate at the end."""
+    warmup_images: int = 0
+    """Images over which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    gradient_clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights at each step, reached from below as min(decay, (1 + n) / (10 + n))."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is measured and shown while the training runs."""
+
+    every: int = 100_000
+    """Images between validations; one comes before the first step and one at the end."""
+    images: int = 8
+    """Pictures that are restored, each at every quality."""
+    crop: int = 256
+    """Side of the square in the middle of each picture that is used, pixels."""
+    qualities: tuple[int, ...] = (5, 10, 20, 40)
+    """JPEG qualities."""
+    shown: int = 6
+    """Pictures in the before/after grid."""
+    lpips: Path | None = None
+    """Weights of LPIPS-SqueezeNet (npz); without them LPIPS is not measured."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself. Counts are in images, so that batch size and number of processes may change."""
+
+    output: Path = Path("runs/run")
+    """Folder of the run. Repeating the command with the same folder goes on where it stopped."""
+    images: int = 8_000_000
+    """Images to train on."""
+    batch: int = 32
+    """Images in each step, over all processes."""
+    accumulate: int = 1
+    """Parts that each process splits its share of a batch into, to save memory."""
+    seed: int = 0
+    """Everything random follows from it."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision; `no` is float32."""
+    checkpoint_every: int = 20_000
+    """Images between checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which a checkpoint is due even so."""
+    init_from: Path | None = None
+    """A restorer file to start from, in place of random weights."""
+    license: str = "unknown"
+    """Licence of the weights, written into the file."""
+
+
+@dataclass(frozen=True)
+class SDEConfig:
+    """The stochastic differential equation of DriftRec."""
+
+    name: Literal["ouve", "tsdve", "cosve"] = "ouve"
+    """Which of the paper's three."""
+    sigma_min: float = 0.01
+    """Noise at its start, in units of the image range [0, 1]."""
+    sigma_max: float = 1.0
+    """Noise at t = 1."""
+    gamma: float = 1.0
+    """Stiffness of the drift; the paper uses 2 with tsdve."""
+    t_eps: float = 0.01
+    """Smallest time that is trained."""
+
+
+@dataclass(frozen=True)
+class DriftRecConfig:
+    """`python -m training driftrec`: a score network (Welker et al., "DriftRec", 2024)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NCSNppConfig = field(default_factory=NCSNppConfig)
+    sde: SDEConfig = field(default_factory=SDEConfig)
+    prediction: Prediction = field(default_factory=Prediction)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/driftrec")))
+
+
+@dataclass(frozen=True)
+class RegressionConfig:
+    """`python -m training regression`: the paper's baseline, the same network evaluated once."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NCSNppConfig = field(default_factory=lambda: NCSNppConfig(in_channels=3))
+    residual_scale: float = 0.0
+    """0: the network returns the picture (the paper). Above 0: its output times this is added to the JPEG."""
+    loss: Literal["l2", "l1"] = "l2"
+    """Squared (the paper) or absolute error."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/regression")))
+
+
+_STARTER_NETWORK = {"width": 32, "channel_multipliers": (1, 2, 2, 2), "attention_levels": (), "patch_size": 2}
+_STARTER_DATA = DataConfig(
+    crop=64, augmentation="crop", flips=True, rotations=True, downscale=(1.0, 2.0), degradation=jpeg.PRESETS["wide"],
+    cache_mb=1000,
+)  # fmt: skip
+_STARTER_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_images=2000, gradient_clip=1.0)
+_STARTER_VALIDATION = ValidationConfig(every=20_000, crop=128)
+
+PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig]] = {
+    "driftrec": {
+        "paper": DriftRecConfig(),
+        "starter": DriftRecConfig(
+            data=_STARTER_DATA,
+            network=NCSNppConfig(**_STARTER_NETWORK),  # type: ignore[arg-type]
+            prediction=Prediction("residual"),
+            optimizer=_STARTER_OPTIMIZER,
+            validation=_STARTER_VALIDATION,
+            run=RunConfig(output=Path("runs/starter-driftrec"), images=100_000, batch=16, checkpoint_every=5_000),
+        ),
+    },
+    "regression": {
+        "paper": RegressionConfig(),
+        "starter": RegressionConfig(
+            data=_STARTER_DATA,
+            network=NCSNppConfig(in_channels=3, **_STARTER_NETWORK),  # type: ignore[arg-type]
+            residual_scale=0.05,
+            loss="l1",
+            optimizer=_STARTER_OPTIMIZER,
+            validation=_STARTER_VALIDATION,
+            run=RunConfig(output=Path("runs/starter-regression"), images=100_000, batch=16, checkpoint_every=5_000),
+        ),
+    },
+}
+"""Command -> preset -> configuration. `paper` is the publication's; `starter` is small enough for a CPU."""

@@ -1,0 +1,105 @@
+"""Validation on fixed crops at fixed qualities, and the before/after grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from restoration import metrics
+from restoration.lpips import load_lpips_squeeze
+from training.configs import ValidationConfig
+from training.data import load_image
+from training.degradation import compress
+from training.trainers.task import Task
+
+HELD_OUT_EVERY = 25
+
+
+def split_pictures(paths: Sequence[Path], wanted: int) -> tuple[list[Path], list[Path]]:
+    """Training and validation pictures where no validation folder is given: every 25th of the sorted list is set aside.
+
+    Of fewer than 25 pictures all are trained on, and the first serves for validation as well.
+    """
+    held_out = list(paths[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])[:wanted]
+    if not held_out:
+        return list(paths), list(paths[:1])
+    return [path for path in paths if path not in set(held_out)], held_out
+
+
+class Validation:
+    """Restores fixed pictures at fixed JPEG qualities and measures the result.
+
+    Args:
+        config: Which qualities, how many pictures, how large.
+        paths: The validation pictures.
+        show: Takes the images seen and the grid (3, H, W).
+        say: Prints the table.
+    """
+
+    def __init__(
+        self, config: ValidationConfig, paths: Sequence[Path], show: Callable[[int, Tensor], None], say: Callable[[str], None]
+    ) -> None:  # fmt: skip
+        self.config, self.show, self.say = config, show, say
+        self.pictures = [_centre(load_image(path), config.crop) for path in list(paths)[: config.images]]
+        self.lpips = load_lpips_squeeze(config.lpips) if config.lpips else None
+
+    def __call__(self, task: Task, images: int) -> dict[str, float]:
+        """The mean of each measure at each quality, as `psnr/qf10`, the JPEG's own as `jpeg_psnr/qf10`."""
+        device = next(task.model.parameters()).device
+        if self.lpips is not None:
+            self.lpips.to(device)
+        figures: dict[str, float] = {}
+        rows: list[Tensor] = []
+        for quality in self.config.qualities:
+            for number, picture in enumerate(self.pictures):
+                clean = _tensor(picture).to(device)
+                degraded = _tensor(compress(picture, quality)).to(device)
+                restored = task.restore(degraded, seed=number)
+                self._add(figures, restored, clean, f"qf{quality}", "")
+                self._add(figures, degraded, clean, f"qf{quality}", "jpeg_")
+                if quality == self.config.qualities[min(1, len(self.config.qualities) - 1)] and number < self.config.shown:
+                    rows.append(torch.cat([degraded, restored, clean], dim=-1))
+        figures = {key: value / len(self.pictures) for key, value in figures.items()}
+        self.show(images, torch.cat(rows, dim=-2)[0])
+        self.say(self._table(figures, images))
+        return figures
+
+    def _add(self, figures: dict[str, float], image: Tensor, clean: Tensor, quality: str, prefix: str) -> None:
+        measured = {
+            "psnr": metrics.psnr(image, clean).clamp(max=100),
+            "ssim": metrics.ssim(image, clean),
+            "psnr_b": metrics.psnr_b(image, clean).clamp(max=100),
+        }
+        if self.lpips is not None:
+            measured["lpips"] = self.lpips(image, clean)
+        for key, value in measured.items():
+            name = f"{prefix}{key}/{quality}"
+            figures[name] = figures.get(name, 0.0) + float(value)
+
+    def _table(self, figures: dict[str, float], images: int) -> str:
+        measures = ["psnr", "ssim", "psnr_b"] + (["lpips"] if self.lpips is not None else [])
+        lines = [f"validation at {images} images (JPEG -> restored)"]
+        for quality in self.config.qualities:
+            cells = [
+                f"{key} {figures[f'jpeg_{key}/qf{quality}']:.3f} -> {figures[f'{key}/qf{quality}']:.3f}" for key in measures
+            ]
+            lines.append(f"  QF {quality:>3}: " + ", ".join(cells))
+        return "\n".join(lines)
+
+
+def _centre(picture: np.ndarray, side: int) -> np.ndarray:
+    """The square in the middle, at least as large as the picture's shorter side allows in multiples of 16."""
+    height, width = picture.shape[:2]
+    side = max(16, min(side, height // 16 * 16, width // 16 * 16))
+    picture = np.pad(picture, ((0, max(0, side - height)), (0, max(0, side - width)), (0, 0)), mode="edge")
+    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+    window = picture[top : top + side, left : left + side]
+    return np.ascontiguousarray(window)
+
+
+def _tensor(picture: np.ndarray) -> Tensor:
+    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32) / np.float32(255))[None]

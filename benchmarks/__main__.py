@@ -1,7 +1,7 @@
 """Run one benchmark by name, or list them: `python -m benchmarks [NAME [arguments]]`.
 
-A benchmark is a module beside this one with a function `main(arguments: list[str]) -> None`; its entry in the list is the
-first line of its docstring, read without importing it.
+A benchmark is a module beside this one with a function `main(arguments: list[str]) -> None`; its entry in the list is
+the first line of its docstring, read without importing it.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def image_to_dct(
     """DCT coefficients before quantization, per component (B, Hb, Wb, 8, 8), of images (B, 1 or 3, H, W) in [0, 1]."""
     levels = images.float() * 255
     if round_to_8bit:
-        levels = levels.round().clamp(0, 255)
+        levels = levels.round_().clamp_(0, 255)
     if len(sampling) == 1:
         planes = levels if levels.shape[1] == 1 else rgb_to_ycbcr(levels, round_to_8bit=round_to_8bit)[:, :1]
     else:
@@ -142,15 +142,12 @@ def dct_to_image(blocks: Iterable[Tensor], like: Coefficients, *, round_to_8bit:
     planes = []
     for block, ratio in zip(blocks, component_ratios(like.sampling), strict=True):
         plane = inverse_dct(block)[..., : -(-like.height // ratio[1]), : -(-like.width // ratio[0])]
-        plane = plane.add(128 + _TIE).floor() if round_to_8bit else plane.add(128)
-        plane = upsample(plane.clamp(0, 255), ratio, round_to_8bit=round_to_8bit)
+        plane = plane.add(128 + _TIE).floor_() if round_to_8bit else plane.add(128)
+        plane = upsample(plane.clamp_(0, 255), ratio, round_to_8bit=round_to_8bit)
         planes.append(plane[..., : like.height, : like.width])
-    levels = torch.stack(planes, 1)
-    if len(planes) == 1:
-        levels = levels.expand(-1, 3, -1, -1)
-    elif like.color_space == "ycbcr":
-        levels = ycbcr_to_rgb(levels, round_to_8bit=round_to_8bit)
-    return levels.clamp(0, 255).div_(255)
+    if like.color_space == "ycbcr":
+        planes = _to_rgb(planes, round_to_8bit)
+    return torch.stack(planes * 3 if len(planes) == 1 else planes, 1).clamp_(0, 255).div_(255)
 
 
 def forward_dct(plane: Tensor) -> Tensor:
@@ -197,24 +194,26 @@ def rgb_to_ycbcr(levels: Tensor, *, round_to_8bit: bool = True) -> Tensor:
         offsets, unit = (0.0, 128.0, 128.0), 1.0
     red_plane, green_plane, blue_plane = levels.unbind(1)
     planes = [
-        red_plane * r + green_plane * g + blue_plane * b + offset
+        (red_plane * r).add_(green_plane, alpha=g).add_(blue_plane, alpha=b).add_(offset)
         for (r, g, b), offset in zip(rows, offsets, strict=True)
     ]
-    ycbcr = torch.stack(planes, 1)
-    return ycbcr.div_(unit).floor_() if round_to_8bit else ycbcr
+    return torch.stack([plane.div_(unit).floor_() if round_to_8bit else plane for plane in planes], 1)
 
 
 def ycbcr_to_rgb(levels: Tensor, *, round_to_8bit: bool = True) -> Tensor:
     """RGB levels (B, 3, H, W), not clipped, of JFIF YCbCr levels 0..255; `round_to_8bit` as libjpeg rounds."""
-    luma, cb, cr = levels[:, 0], levels[:, 1] - 128, levels[:, 2] - 128
+    return torch.stack(_to_rgb(levels.unbind(1), round_to_8bit), 1)
+
+
+def _to_rgb(ycbcr: Sequence[Tensor], round_to_8bit: bool) -> list[Tensor]:
+    luma, cb, cr = ycbcr[0], ycbcr[1] - 128, ycbcr[2] - 128
     if round_to_8bit:
-        red = (cr * _FIXED_CR_TO_R + 32768).div_(65536).floor_()
-        green = (cb * _FIXED_CB_TO_G + cr * _FIXED_CR_TO_G + 32768).div_(65536).floor_()
-        blue = (cb * _FIXED_CB_TO_B + 32768).div_(65536).floor_()
-    else:
-        red, blue = cr * 1.402, cb * 1.772
-        green = cb * (-0.114 * 1.772 / 0.587) + cr * (-0.299 * 1.402 / 0.587)
-    return torch.stack((luma + red, luma + green, luma + blue), 1)
+        red, blue = cr * _FIXED_CR_TO_R, cb * _FIXED_CB_TO_B
+        green = cb.mul_(_FIXED_CB_TO_G).add_(cr, alpha=_FIXED_CR_TO_G)
+        return [chroma.add_(32768).div_(65536).floor_().add_(luma) for chroma in (red, green, blue)]
+    red, blue = cr * 1.402, cb * 1.772
+    green = cb.mul_(-0.114 * 1.772 / 0.587).add_(cr, alpha=-0.299 * 1.402 / 0.587)
+    return [chroma.add_(luma) for chroma in (red, green, blue)]
 
 
 def _dct_matrix(device: torch.device) -> Tensor:

@@ -115,9 +115,9 @@ def _triangle(plane: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _weave(pair: tuple[Tensor, Tensor], dim: int, bias: tuple[int, int], divisor: int, round_to_8bit: bool) -> Tensor:
-    if round_to_8bit:
-        pair = tuple(half.add_(b).div_(divisor).floor_() for half, b in zip(pair, bias, strict=True))
-    else:
-        pair = tuple(half / divisor for half in pair)
-    woven = torch.stack(pair, -1 if dim == -1 else -2)
+    halves = [
+        half.add_(b).div_(divisor).floor_() if round_to_8bit else half / divisor
+        for half, b in zip(pair, bias, strict=True)
+    ]
+    woven = torch.stack(halves, -1 if dim == -1 else -2)
     return woven.flatten(-2) if dim == -1 else woven.flatten(-3, -2)

@@ -74,9 +74,10 @@ class ScoreDenoiser(nn.Module):
     def __init__(self, network: nn.Module, sde: SDE, prediction: Prediction) -> None:
         super().__init__()
         self.network, self.sde, self.prediction = network, sde, prediction
+        self.compute_dtype = torch.float32
 
     def forward(self, x: Tensor, degraded: Tensor, t: ArrayLike) -> Tensor:
-        """Predict the clean images; the network itself runs in the dtype of `x`, everything around it in float32.
+        """Predict the clean images; the network itself runs in `compute_dtype`, everything around it in float32.
 
         Args:
             x: x_t, (B, 3, H, W).
@@ -84,10 +85,9 @@ class ScoreDenoiser(nn.Module):
             t: One time for all, or one for each image.
         """
         a, sigma = self.coefficients(t, x)
-        state, condition = x.float(), degraded.float()
-        network_input = self.prediction.network_input(state, condition, a, sigma).to(x.dtype)
+        network_input = self.prediction.network_input(x, degraded, a, sigma).to(self.compute_dtype)
         raw = self.network(network_input, sigma.flatten()).float()
-        return self.prediction.denoised(raw, state, condition, a, sigma)
+        return self.prediction.denoised(raw, x, degraded, a, sigma)
 
     def coefficients(self, t: ArrayLike, like: Tensor) -> tuple[Tensor, Tensor]:
         """a(t) and sigma(t) as (B, 1, 1, 1) float32 on the device of `like`."""
@@ -111,14 +111,15 @@ class RegressionRestorer(nn.Module):
     def __init__(self, network: nn.Module, residual_scale: float = 0.0, noise_level: float | None = None) -> None:
         super().__init__()
         self.network, self.residual_scale, self.noise_level = network, residual_scale, noise_level
+        self.compute_dtype = torch.float32
 
     def forward(self, degraded: Tensor) -> Tensor:
-        """Restore (B, 3, H, W); the network runs in the dtype of the input, the sum is float32."""
+        """Restore (B, 3, H, W) float32; the network itself runs in `compute_dtype`."""
         level = None if self.noise_level is None else degraded.new_full((degraded.shape[0],), self.noise_level)
         if not self.residual_scale:
-            return self.network(degraded, level).float()
-        raw = self.network((2 * degraded.float() - 1).to(degraded.dtype), level).float()
-        return degraded.float() + self.residual_scale * raw
+            return self.network(degraded.to(self.compute_dtype), level).float()
+        raw = self.network((2 * degraded - 1).to(self.compute_dtype), level).float()
+        return degraded + self.residual_scale * raw
 
 
 def constrained(denoise: Callable[[Tensor, Tensor, float], Tensor], project: Callable[[Tensor], Tensor]) -> Callable[

@@ -1,0 +1,1 @@
+"""The authors' checkpoints, turned into restorer files: one file a publication."""

@@ -1,0 +1,187 @@
+"""One function a family, from images to restored images: what the nodes, the command line and the trainer's tests call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .color import COLOR_CORRECTIONS
+from .diffusion.prediction import RegressionRestorer, ScoreDenoiser, constrained
+from .diffusion.samplers import SAMPLERS, NoiseSource, SamplerStep, sample
+from .tiling import Tiler, crop_to, pad_to_multiple
+
+Projection = Callable[[Tensor], Tensor]
+"""Maps (1, 3, H, W) to the nearest image that is allowed, such as `clamp_to_cells` for one file."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how the networks run; the images themselves stay where they are.
+
+    Args:
+        device: Device of the network.
+        tiler: Splits images that are too large for it.
+        check: Called after every tile; raises to interrupt.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tiler: Tiler = field(default_factory=Tiler)
+    check: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a restoration is.
+
+    Args:
+        fraction: Done, from 0 to 1.
+        preview: The present prediction of the image at work, (1, 3, H, W).
+    """
+
+    fraction: float
+    preview: Tensor
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class DriftRecSettings:
+    """How DriftRec samples.
+
+    Args:
+        sampler: One of `SAMPLERS`.
+        steps: Steps of the sampler, where it takes steps.
+        tolerance: Tolerance, where it takes that.
+        t_eps: The last time, in (0, 1); smaller keeps finer texture.
+        seed: Of the noise; every image of a batch gets the same.
+        samples: Restorations that are averaged: more raise PSNR, fewer keep more texture.
+        color: Correction of the colours against the compressed image, one of `COLOR_CORRECTIONS`.
+    """
+
+    sampler: str = "ode_2m"
+    steps: int = 10
+    tolerance: float = 1e-3
+    t_eps: float = 0.03
+    seed: int = 0
+    samples: int = 1
+    color: str = "mean"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("sampler", self.sampler, SAMPLERS), ("color", self.color, COLOR_CORRECTIONS)):
+            if value not in known:
+                raise ValueError(f"expected a {name} of {', '.join(known)}, got {value!r}.")
+        if self.samples < 1 or self.steps < 1:
+            raise ValueError(f"expected at least 1 sample and 1 step, got {self.samples} and {self.steps}.")
+
+
+def restore_driftrec(
+    model: ScoreDenoiser, images: Tensor, settings: DriftRecSettings, *, compute: Compute | None = None,
+    projections: list[Projection] | None = None, on_progress: OnProgress | None = None,
+) -> Tensor:  # fmt: skip
+    """Restore images by sampling from DriftRec.
+
+    Images are restored one by one, so that none depends on its neighbours, and the noise is that of the whole image, so that
+    tiles agree: each evaluation of the network is tiled, not the sampling.
+
+    Args:
+        model: The denoiser.
+        images: Compressed images, (B, 3, H, W) in [0, 1], of any size from 1x1.
+        settings: How to sample.
+        compute: Where the network runs, and how large images are split.
+        projections: One for each image: applied to every data prediction and to the result.
+        on_progress: Called after each evaluation.
+
+    Returns:
+        (B, 3, H, W) float32 in [0, 1] in whole 8-bit levels, rounded.
+    """
+    compute = compute or Compute()
+    results = []
+    for index, image in enumerate(images.float().split(1)):
+        projection = projections[index] if projections else None
+
+        def report(done: float, preview: Tensor, index: int = index) -> None:
+            if on_progress is not None:
+                on_progress(Progress((index + done) / len(images), preview))
+
+        restored = _average_of_samples(model, image, settings, compute, projection, report)
+        restored = COLOR_CORRECTIONS[settings.color](restored, image)
+        results.append(restored if projection is None else projection(restored.clamp(0, 1)))
+    return to_8bit(torch.cat(results))
+
+
+def restore_regression(
+    model: RegressionRestorer, images: Tensor, *, compute: Compute | None = None, color: str = "none",
+    projections: list[Projection] | None = None, on_progress: OnProgress | None = None,
+) -> Tensor:  # fmt: skip
+    """Restore images by one evaluation of a regression network; arguments as for `restore_driftrec`."""
+    compute = compute or Compute()
+    results = []
+    for index, image in enumerate(images.float().split(1)):
+        padded, size = pad_to_multiple(image, _multiple(model, compute))
+        restored = crop_to(_tiled(model, compute, (padded,)), size)
+        restored = COLOR_CORRECTIONS[color](restored, image)
+        results.append(projections[index](restored.clamp(0, 1)) if projections else restored)
+        if on_progress is not None:
+            on_progress(Progress((index + 1) / len(images), results[-1]))
+    return to_8bit(torch.cat(results))
+
+
+def to_8bit(images: Tensor) -> Tensor:
+    """Round to whole 8-bit levels and clip: what is shown is then what is saved, and nothing is truncated on the way."""
+    return (images * 255).round().clamp(0, 255) / 255
+
+
+def _average_of_samples(
+    model: ScoreDenoiser, image: Tensor, settings: DriftRecSettings, compute: Compute, projection: Projection | None,
+    report: Callable[[float, Tensor], None],
+) -> Tensor:  # fmt: skip
+    padded, size = pad_to_multiple(image, _multiple(model, compute))
+
+    def denoise(x: Tensor, degraded: Tensor, t: float) -> Tensor:
+        return _tiled(lambda x, degraded: model(x, degraded, t), compute, (x, degraded))
+
+    def project_padded(prediction: Tensor) -> Tensor:
+        assert projection is not None
+        prediction[..., : size[0], : size[1]] = projection(crop_to(prediction, size).clamp(0, 1))
+        return prediction
+
+    denoiser = denoise if projection is None else constrained(denoise, project_padded)
+    total = torch.zeros_like(image)
+    for number in range(settings.samples):
+
+        def callback(step: SamplerStep, number: int = number) -> None:
+            done = step.index / step.total if step.total else 1 - math.exp(-step.index / 40)
+            report((number + done) / settings.samples, crop_to(step.denoised, size))
+
+        noise = NoiseSource(_generator(settings.seed, number))
+        restored = sample(
+            settings.sampler, denoiser, model.sde, padded, noise, steps=settings.steps, tolerance=settings.tolerance,
+            t_eps=settings.t_eps, callback=callback,
+        )  # fmt: skip
+        total += crop_to(restored, size).clamp(0, 1)
+    return total / settings.samples
+
+
+def _tiled(function: Callable[..., Tensor], compute: Compute, tensors: tuple[Tensor, ...]) -> Tensor:
+    home = tensors[0].device
+
+    def on_device(*tiles: Tensor) -> Tensor:
+        return function(*(tile.to(compute.device) for tile in tiles)).to(home)
+
+    return compute.tiler(on_device, *tensors, on_tile=lambda done, total: compute.check())
+
+
+def _multiple(model: ScoreDenoiser | RegressionRestorer, compute: Compute) -> int:
+    return math.lcm(compute.tiler.align, model.network.config.size_multiple)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """The noise of one of the samples that are averaged; the first one's does not depend on how many there are."""
+    state = np.random.SeedSequence([seed & (2**64 - 1), number]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -1,0 +1,75 @@
+"""From a restorer file to a network that restores: one row for each family that this version runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .diffusion.prediction import Prediction, RegressionRestorer, ScoreDenoiser
+from .diffusion.sde import make_sde
+from .networks.ncsnpp import NCSNpp, NCSNppConfig
+from .restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, load_part
+
+Restorer = ScoreDenoiser | RegressionRestorer
+"""Modules with a `network` and a `compute_dtype`."""
+
+
+def build_restorer(
+    metadata: RestorerMetadata, name: str, *, operations: ModuleType | type = nn, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Restorer:  # fmt: skip
+    """The modules that a file describes, without its weights.
+
+    Args:
+        metadata: The file's description.
+        name: The file's name, for messages.
+        operations: Namespace of the layers: `torch.nn`, or one of ComfyUI's.
+        dtype: Type of the weights.
+        device: Where they are made.
+
+    Raises:
+        RestorerFileError: The family is not one that this version runs, or its configuration is not valid.
+    """
+    if metadata.family not in _FAMILIES:
+        raise RestorerFileError(
+            f"{name}: restorers of the family {metadata.family!r} cannot be run by this version of the pack, which runs "
+            f"{', '.join(_FAMILIES)}. Update the pack, or choose another file."
+        )
+    try:
+        return _FAMILIES[metadata.family].build(metadata.config, {"operations": operations, "dtype": dtype, "device": device})
+    except (KeyError, TypeError, ValueError) as error:
+        raise RestorerFileError(f"{name}: its configuration is not valid ({error}). Download or export it again.") from error
+
+
+def load_weights(restorer: Restorer, file: RestorerFile, *, assign: bool = False) -> None:
+    """Put a file's weights into the modules made by `build_restorer`.
+
+    Raises:
+        RestorerFileError: They do not fit.
+    """
+    load_part(restorer.network, file, _FAMILIES[file.metadata.family].part, assign=assign)
+
+
+def _build_driftrec(config: dict[str, Any], factory: dict[str, Any]) -> ScoreDenoiser:
+    parameters = {key: config["sde"][key] for key in ("sigma_min", "sigma_max", "gamma")}
+    network = NCSNpp(NCSNppConfig(**config["network"]), **factory)
+    return ScoreDenoiser(network, make_sde(config["sde"]["name"], **parameters), Prediction(**config["prediction"]))
+
+
+def _build_regression(config: dict[str, Any], factory: dict[str, Any]) -> RegressionRestorer:
+    network = NCSNpp(NCSNppConfig(**config["network"]), **factory)
+    return RegressionRestorer(network, config["residual_scale"], config["noise_level"])
+
+
+@dataclass(frozen=True)
+class _Family:
+    part: str
+    build: Callable[[dict[str, Any], dict[str, Any]], Restorer]
+
+
+_FAMILIES = {"driftrec": _Family("score", _build_driftrec), "regression": _Family("regression", _build_regression)}

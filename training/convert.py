@@ -1,0 +1,77 @@
+"""`python -m training convert`: the authors' checkpoints as restorer files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from restoration.importers.driftrec import import_driftrec
+from restoration.restorer_file import RestorerMetadata, half, write_restorer
+
+Imported = tuple[RestorerMetadata, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Importer:
+    """A kind of checkpoint.
+
+    Args:
+        summary: What people read in the list.
+        add_options: Adds what this importer takes besides the options of all.
+        load: Reads the checkpoint.
+    """
+
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    load: Callable[[argparse.Namespace], Imported]
+
+
+def run(arguments: list[str]) -> None:
+    """Convert one checkpoint, e.g. `driftrec CKPT OUT.safetensors [--raw-weights] [--half] [--license TEXT]`.
+
+    Raises:
+        ValueError: The checkpoint cannot be used, or the name of the result has another ending; one sentence says why.
+    """
+    options = _parser().parse_args(arguments)
+    output: Path = options.output
+    if output.suffix != ".safetensors":
+        raise ValueError(
+            f"expected a result that ends in .safetensors, got {output.name}. Name it {output.stem}.safetensors."
+        )
+    metadata, tensors = IMPORTERS[options.kind].load(options)
+    metadata = replace(metadata, license=options.license)
+    write_restorer(output, metadata, half(tensors) if options.half else tensors)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{output}: {metadata.family}, {parameters:,} parameters, {output.stat().st_size / 1e6:.1f} MB")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training convert", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, importer in IMPORTERS.items():
+        command = kinds.add_parser(kind, help=importer.summary, description=importer.summary)
+        importer.add_options(command)
+        command.add_argument("output", type=Path, metavar="OUT.safetensors", help="the restorer file to write")
+        command.add_argument("--half", action="store_true", help="store the weights in half precision")
+        command.add_argument("--license", default="unknown", help="licence of the weights, written into the file")
+    return parser
+
+
+def _driftrec_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a .ckpt file of the authors' train.py")
+    parser.add_argument(
+        "--raw-weights", action="store_true", help="take the weights as they are, not their moving averages"
+    )
+
+
+def _driftrec(options: argparse.Namespace) -> Imported:
+    return import_driftrec(options.checkpoint, use_ema=not options.raw_weights)
+
+
+IMPORTERS: dict[str, Importer] = {
+    "driftrec": Importer("a PyTorch Lightning checkpoint of DriftRec or its baseline", _driftrec_options, _driftrec),
+}

@@ -1,7 +1,7 @@
 """DriftRec's own checkpoints: PyTorch Lightning files of its score networks and of its regression baseline.
 
-Such a file is a zip of pickled containers and tensors. `state_dict` holds the trained weights as `backbone.NAME`;
-`ema.shadow_params` holds their moving averages as a list without names, in the order of `state_dict`; `hyper_parameters` holds
+Such a file is a zip of pickled containers and tensors. `state_dict` holds the trained weights as `backbone.NAME`,
+`ema.shadow_params` their moving averages as a list without names in the order of `state_dict`, and `hyper_parameters`
 the command-line options. No such checkpoint is published, so this follows what the training code writes.
 """
 
@@ -40,8 +40,8 @@ def import_driftrec(
         use_ema: Take the averaged weights, as the authors do to restore pictures; otherwise the raw ones.
 
     Returns:
-        The description of the restorer file (family `driftrec`, or `regression` for the baseline), and its tensors by their
-        full names. The licence is `unknown`: the checkpoint does not tell.
+        The description of the restorer file (family `driftrec`, or `regression` for the baseline), and its tensors by
+        their full names. The licence is `unknown`: the checkpoint does not tell.
 
     Raises:
         DriftRecCheckpointError: The file cannot be read safely, or lacks something.
@@ -68,8 +68,8 @@ def _read(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = str(error).split("\n", 1)[0]
         raise DriftRecCheckpointError(
-            f"{name}: refused, because it is no pickle of tensors and plain values only, and unpickling anything else could "
-            f"run code ({found}). Save it again with torch.save as plain dictionaries, lists, numbers and tensors."
+            f"{name}: refused, because it does not hold tensors and plain values only, and unpickling anything else "
+            f"could run code ({found}). Save it again with torch.save as dictionaries, lists, numbers and tensors."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         found = str(error).split("\n", 1)[0]
@@ -136,8 +136,8 @@ class _Weights:
             )
         if len(values) != len(self.state):
             raise DriftRecCheckpointError(
-                f"{self.name}: expected ema.{key} to hold one tensor for each of the {len(self.state)} of the state_dict, "
-                f"got {len(values)}, so they cannot be told apart. Use the raw weights instead."
+                f"{self.name}: expected ema.{key} to hold as many tensors as the state_dict, {len(self.state)}, got "
+                f"{len(values)}, so they cannot be told apart. Use the raw weights instead."
             )
         wrong = [
             f"{name} is {tuple(value.shape)} instead of {tuple(self.state[name].shape)}"
@@ -171,15 +171,16 @@ def _network_config(options: dict[str, Any], state: dict[str, Tensor], name: str
             f"{name}: expected a network of {expected[1]} input and {expected[0]} output channels (RGB), got "
             f"{output.shape[1]} and {output.shape[0]}."
         )
+    width, blocks = (_option(options, key, (int,), name) for key in ("nf", "num_res_blocks"))
     multipliers = _option(options, "ch_mult", (list, tuple), name)
-    levels = range(len(multipliers))
+    attention = tuple(level for level in range(len(multipliers)) if _TRAINED_SIZE >> level == _ATTENTION_SIZE)
     try:
         return NCSNppConfig(
             in_channels=expected[1],
-            width=_option(options, "nf", (int,), name),
+            width=width,
             channel_multipliers=tuple(int(multiplier) for multiplier in multipliers),
-            res_blocks=_option(options, "num_res_blocks", (int,), name),
-            attention_levels=tuple(level for level in levels if _TRAINED_SIZE >> level == _ATTENTION_SIZE),
+            res_blocks=blocks,
+            attention_levels=attention,
             conditional="all_modules.0.W" in state,
         )
     except (TypeError, ValueError) as error:
@@ -234,10 +235,9 @@ def _provenance(checkpoint: dict[str, Any], name: str, *, use_ema: bool) -> dict
 def _option(options: dict[str, Any], key: str, kinds: tuple[type, ...], name: str) -> Any:
     value = options.get(key)
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise DriftRecCheckpointError(
-            f"{name}: expected a {' or '.join(kind.__name__ for kind in kinds)} {key!r} among its hyper_parameters, got "
-            f"{'none' if value is None else repr(value)}."
-        )
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        found = "none" if value is None else repr(value)
+        raise DriftRecCheckpointError(f"{name}: expected hyper_parameters.{key} to be a {wanted}, got {found}.")
     return value
 
 

@@ -202,7 +202,7 @@ def _apply(
 
 
 def _common_size(tensors: Sequence[Tensor]) -> tuple[int, int]:
-    sizes = {tuple(tensor.shape[-2:]) for tensor in tensors}
+    sizes = {(tensor.shape[-2], tensor.shape[-1]) for tensor in tensors}
     if len(sizes) != 1:
         raise ValueError(f"tiling needs tensors of one height and width, got {sorted(sizes)}")
     return sizes.pop()

@@ -153,7 +153,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         return window if source == side else _resize(window, side, Image.Resampling.LANCZOS)
 
     def _augment(self, window: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        flip, turns = rng.integers(2), rng.integers(4)
+        flip, turns = int(rng.integers(2)), int(rng.integers(4))
         if self.flips and flip:
             window = window[:, ::-1]
         if self.rotations:

@@ -6,23 +6,19 @@ Pillow's side is its encoder and decoder on the same pictures, one after another
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks._common import SHARED, heading
 from restoration.jpeg import round_trip
 
 SIDE, PICTURES, QUALITIES = 1024, 4, (10, 50, 90)
-SHARED = Path(os.environ.get("JPEG_RESTORER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 def main(arguments: list[str]) -> None:
@@ -33,8 +29,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     pictures, origin = photographs()
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(255).to(options.device)
-    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{datetime.date.today()}  {device_name(options.device)}, {threads}")
+    print(heading(options.device))
     print(f"{PICTURES} pictures of {SIDE}x{SIDE} ({origin}), 4:2:0, median of {options.runs} runs, ms per batch")
     print("quality    torch   Pillow    ratio   mean |difference| in levels")
     for quality in QUALITIES:
@@ -88,13 +83,6 @@ def tiled(picture: np.ndarray) -> np.ndarray:
     """The picture repeated in mirrored tiles, cut to the benchmark's size."""
     pad = [(0, max(0, SIDE - length)) for length in picture.shape[:2]] + [(0, 0)]
     return np.ascontiguousarray(np.pad(picture, pad, mode="symmetric")[:SIDE, :SIDE])
-
-
-def device_name(device: str) -> str:
-    """What the torch side runs on, in words."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One function a family, from images to restored images: what the nodes, the command line and the trainer's tests call."""
+"""One function a family, from images to restored images: what the nodes and the command line both call."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def restore_driftrec(
 ) -> Tensor:  # fmt: skip
     """Restore images by sampling from DriftRec.
 
-    Images are restored one by one, so that none depends on its neighbours, and the noise is that of the whole image, so that
+    Images are restored one by one, so that none depends on its neighbours. The noise is that of the whole image, so that
     tiles agree: each evaluation of the network is tiled, not the sampling.
 
     Args:
@@ -133,7 +133,7 @@ def restore_regression(
 
 
 def to_8bit(images: Tensor) -> Tensor:
-    """Round to whole 8-bit levels and clip: what is shown is then what is saved, and nothing is truncated on the way."""
+    """Round to whole 8-bit levels and clip; ComfyUI's SaveImage, which truncates, then changes nothing."""
     return (images * 255).round().clamp(0, 255) / 255
 
 

@@ -37,13 +37,17 @@ def build_restorer(
     """
     if metadata.family not in _FAMILIES:
         raise RestorerFileError(
-            f"{name}: restorers of the family {metadata.family!r} cannot be run by this version of the pack, which runs "
-            f"{', '.join(_FAMILIES)}. Update the pack, or choose another file."
+            f"{name}: restorers of the family {metadata.family!r} cannot be run by this version of the pack, which "
+            f"runs {', '.join(_FAMILIES)}. Update the pack, or choose another file."
         )
     try:
-        return _FAMILIES[metadata.family].build(metadata.config, {"operations": operations, "dtype": dtype, "device": device})
+        return _FAMILIES[metadata.family].build(
+            metadata.config, {"operations": operations, "dtype": dtype, "device": device}
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise RestorerFileError(f"{name}: its configuration is not valid ({error}). Download or export it again.") from error
+        raise RestorerFileError(
+            f"{name}: its configuration is not valid ({error}). Download or export it again."
+        ) from error
 
 
 def load_weights(restorer: Restorer, file: RestorerFile, *, assign: bool = False) -> None:

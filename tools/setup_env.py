@@ -106,7 +106,9 @@ def install(comfyui: Path) -> None:
     wanted = fingerprint(requirements)
     if STAMP.exists() and STAMP.read_text(encoding="utf-8") == wanted:
         return
-    print("Installing ComfyUI's requirements, the trainer's and the tests' (some minutes the first time) ...", flush=True)
+    print(
+        "Installing ComfyUI's requirements, the trainer's and the tests' (some minutes the first time) ...", flush=True
+    )
     pip("install", "-qq", "-c", CONSTRAINTS, *requirements, f"{ROOT}[training,dev]")
     if not imports("torchvision"):
         mend_torchvision()
@@ -119,8 +121,10 @@ def install(comfyui: Path) -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 10):
-        sys.exit(f"setup: expected Python 3.10 or newer, got {sys.version.split()[0]}. Run it as PYTHON=python3.12 make ...")
+    if sys.version_info < (3, 10):  # noqa: UP036
+        sys.exit(
+            f"setup: expected Python 3.10 or newer, got {sys.version.split()[0]}. Run it as PYTHON=python3.12 make ..."
+        )
     if not PYTHON.exists():
         run(sys.executable, "-m", "venv", VENV)
     comfyui = comfyui_dir()

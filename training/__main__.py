@@ -19,8 +19,9 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
         known = "\n".join(f"  {name:<12}{text}" for name, text in _COMMANDS.items())
         asked_for_help = len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help")
-        print(f"usage: python -m training COMMAND [--preset NAME] [--config FILE.yaml] [--dry-run] [options]\n\n{known}\n\n"
-              "python -m training COMMAND --help lists its options.")  # fmt: skip
+        print("usage: python -m training COMMAND [--preset NAME] [--config FILE.yaml] [--dry-run] [options]\n")
+        print(known)
+        print("\npython -m training COMMAND --help lists its options.")
         if not asked_for_help:
             print(f"\nexpected a command of the list, got {sys.argv[1]!r}.", file=sys.stderr)
         return 0 if asked_for_help else 2
@@ -28,7 +29,7 @@ def main() -> int:
     from restoration.restorer_file import RestorerFileError
     from training.checkpoint import CheckpointError
     from training.config_files import ConfigError
-    from training.loop import TrainingStopped
+    from training.loop import TrainingStoppedError
     from training.run_folder import RunFolderError
 
     try:
@@ -38,7 +39,15 @@ def main() -> int:
             convert(arguments)
         else:
             _train(command, arguments)
-    except (ValueError, FileNotFoundError, ConfigError, RestorerFileError, CheckpointError, TrainingStopped, RunFolderError) as e:
+    except (
+        ValueError,
+        FileNotFoundError,
+        ConfigError,
+        RestorerFileError,
+        CheckpointError,
+        TrainingStoppedError,
+        RunFolderError,
+    ) as e:
         print(f"training {command}: {e}", file=sys.stderr)
         return 2
     return 0
@@ -78,8 +87,8 @@ def parse(command: str, arguments: list[str]) -> tuple[bool, Any]:
         default = read_config(known.config, default)
     rows = "; ".join(f"{name}: {row.run.images:,} images to {row.run.output}" for name, row in presets.items())
     description = (
-        f"{_COMMANDS[command]}. --preset {{{','.join(presets)}}} chooses the defaults ({rows}), --config FILE.yaml changes "
-        "them, --dry-run prints what would be done. Repeating a command goes on where it stopped."
+        f"{_COMMANDS[command]}. --preset {{{','.join(presets)}}} chooses the defaults ({rows}), --config FILE.yaml "
+        "changes them, --dry-run prints what would be done. Repeating a command goes on where it stopped."
     )
     config = tyro.cli(
         type(default), prog=f"python -m training {command}", description=description, default=default, args=rest,

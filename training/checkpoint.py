@@ -29,7 +29,9 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}. The checkpoint before it is whole; free some space.") from error
+        raise CheckpointError(
+            f"cannot write {path}: {error}. The checkpoint before it is whole; free some space."
+        ) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from training.run_folder import RunFolder
 from training.trainers.task import Task
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStoppedError(RuntimeError):
     """The training cannot go on; the message says at which step, and what to look at."""
 
 
@@ -52,14 +52,15 @@ class Trainer:
         share = self.accelerator.num_processes * run.accumulate
         if run.batch % share:
             raise ValueError(
-                f"run.batch: expected a multiple of {share} (processes x run.accumulate), got {run.batch}. Change one of them."
+                f"run.batch: expected a multiple of {share} (processes x run.accumulate), got {run.batch}. "
+                "Change one of them."
             )
 
     def train(self) -> None:
         """Run to the end, from the last checkpoint where there is one; saves and returns early on SIGTERM.
 
         Raises:
-            TrainingStopped: The loss or the gradient is no number.
+            TrainingStoppedError: The loss or the gradient is no number.
             CheckpointError: A checkpoint cannot be written or read.
         """
         self._prepare()
@@ -119,7 +120,9 @@ class Trainer:
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         """Lists of `accumulate` micro-batches, one list for each optimiser step of this process."""
         run, world = self.run_config, self.accelerator.num_processes
-        sampler = IndexSampler(self.images, max(run.images, self.images), self.accelerator.process_index, world, run.batch)
+        sampler = IndexSampler(
+            self.images, max(run.images, self.images), self.accelerator.process_index, world, run.batch
+        )
         per_process = run.batch // world // run.accumulate
         pin = self.accelerator.device.type == "cuda"
         loader = iter(make_loader(self.dataset, sampler, per_process, self.data.workers, pin_memory=pin))
@@ -142,7 +145,9 @@ class Trainer:
         return {"loss": total, "gradient_norm": norm, "learning_rate": learning_rate}
 
     def _backward(self, batch: dict[str, Any], generator: torch.Generator, *, last: bool) -> float:
-        moved = {key: value.to(self.accelerator.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        moved = {
+            key: value.to(self.accelerator.device) if torch.is_tensor(value) else value for key, value in batch.items()
+        }
         if last:
             loss = self.task.loss(self.model, moved, generator)
             self.accelerator.backward(loss / self.run_config.accumulate)
@@ -157,7 +162,7 @@ class Trainer:
 
     def _clip(self, micro_batches: list[dict[str, Any]]) -> float:
         limit = self.optimizer_config.gradient_clip or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit) or 0.0)
         if not math.isfinite(norm) and self.run_config.precision != "fp16":  # fp16's loss scaling skips such steps
             self._stop(f"the gradient's norm is {norm}", micro_batches)
         return norm
@@ -168,7 +173,7 @@ class Trainer:
             for batch in batches
             for path, index in zip(batch["path"], batch["index"], strict=True)
         )
-        raise TrainingStopped(
+        raise TrainingStoppedError(
             f"step {self.images // self.run_config.batch}, {self.images} images: {what} in the batch {pictures}. "
             f"The last checkpoint is whole; lower the learning rate or set a gradient clip, and repeat the command."
         )

@@ -16,10 +16,19 @@ from restoration.restorer_file import write_restorer
 from training.config_files import to_plain, to_yaml
 from training.trainers.task import Task
 
-# What may differ when a run goes on: everything that does not change what is being trained.
-_MAY_CHANGE = ("run.images", "run.checkpoint_every", "run.checkpoint_minutes", "run.batch", "run.accumulate", "run.output",
-               "run.init_from", "run.license", "run.precision", "data.workers", "data.cache_mb", "data.train", "validation",
-               "optimizer")  # fmt: skip
+# What may differ when a run goes on: all that does not change what is trained.
+_MAY_CHANGE = (
+    *("run.images", "run.batch", "run.accumulate", "run.precision", "run.output", "run.init_from", "run.license"),
+    *(
+        "run.checkpoint_every",
+        "run.checkpoint_minutes",
+        "data.train",
+        "data.validation",
+        "data.workers",
+        "data.cache_mb",
+    ),
+    *("validation", "optimizer"),
+)
 
 
 class RunFolderError(RuntimeError):
@@ -52,7 +61,9 @@ class RunFolder:
         if stored.exists() and self.checkpoint.exists():
             self._compare(json.loads(stored.read_text(encoding="utf-8")))
         stored.write_text(json.dumps({"command": self.command, **to_plain(self.config)}, indent=1), encoding="utf-8")
-        described.write_text(f"# python -m training {self.command} --config {described}\n{to_yaml(self.config)}", encoding="utf-8")
+        described.write_text(
+            f"# python -m training {self.command} --config {described}\n{to_yaml(self.config)}", encoding="utf-8"
+        )
         self._writer = SummaryWriter(str(self.path / "tensorboard"))
 
     def _compare(self, before: dict[str, Any]) -> None:

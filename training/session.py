@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -64,9 +63,16 @@ class Session:
         config = self.config
         data = config.data
         dataset = PairDataset(
-            self.training, data.crop, data.degradation, seed=config.run.seed, augmentation=data.augmentation, flips=data.flips,
-            rotations=data.rotations, downscale=data.downscale, cache_mb=data.cache_mb,
-        )  # fmt: skip
+            self.training,
+            data.crop,
+            data.degradation,
+            seed=config.run.seed,
+            augmentation=data.augmentation,
+            flips=data.flips,
+            rotations=data.rotations,
+            downscale=data.downscale,
+            cache_mb=data.cache_mb,
+        )
         provenance = {"data": f"{len(self.training)} pictures", "device": _device_name(self.state.device)}
         folder = RunFolder(
             config.run.output, self.command, config, main=self.state.is_main_process, provenance=provenance
@@ -92,9 +98,13 @@ def _make_task(config: DriftRecConfig | RegressionConfig) -> Task:
 def _readable(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     paths, broken = scan_images(find_images(folder))
     if not paths:
-        raise ValueError(f"none of the {len(broken)} pictures in {folder} can be read, e.g. {broken[0][0]}: {broken[0][1]}")
+        raise ValueError(
+            f"none of the {len(broken)} pictures in {folder} can be read, e.g. {broken[0][0]}: {broken[0][1]}"
+        )
     return paths, broken
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device | None) -> str:
+    if device is None:
+        return "cpu"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

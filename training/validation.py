@@ -41,8 +41,12 @@ class Validation:
     """
 
     def __init__(
-        self, config: ValidationConfig, paths: Sequence[Path], show: Callable[[int, Tensor], None], say: Callable[[str], None]
-    ) -> None:  # fmt: skip
+        self,
+        config: ValidationConfig,
+        paths: Sequence[Path],
+        show: Callable[[int, Tensor], None],
+        say: Callable[[str], None],
+    ) -> None:
         self.config, self.show, self.say = config, show, say
         self.pictures = [_centre(load_image(path), config.crop) for path in list(paths)[: config.images]]
         self.lpips = load_lpips_squeeze(config.lpips) if config.lpips else None
@@ -61,7 +65,10 @@ class Validation:
                 restored = task.restore(degraded, seed=number)
                 self._add(figures, restored, clean, f"qf{quality}", "")
                 self._add(figures, degraded, clean, f"qf{quality}", "jpeg_")
-                if quality == self.config.qualities[min(1, len(self.config.qualities) - 1)] and number < self.config.shown:
+                if (
+                    quality == self.config.qualities[min(1, len(self.config.qualities) - 1)]
+                    and number < self.config.shown
+                ):
                     rows.append(torch.cat([degraded, restored, clean], dim=-1))
         figures = {key: value / len(self.pictures) for key, value in figures.items()}
         self.show(images, torch.cat(rows, dim=-2)[0])
@@ -85,7 +92,8 @@ class Validation:
         lines = [f"validation at {images} images (JPEG -> restored)"]
         for quality in self.config.qualities:
             cells = [
-                f"{key} {figures[f'jpeg_{key}/qf{quality}']:.3f} -> {figures[f'{key}/qf{quality}']:.3f}" for key in measures
+                f"{key} {figures[f'jpeg_{key}/qf{quality}']:.3f} -> {figures[f'{key}/qf{quality}']:.3f}"
+                for key in measures
             ]
             lines.append(f"  QF {quality:>3}: " + ", ".join(cells))
         return "\n".join(lines)

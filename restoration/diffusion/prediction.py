@@ -2,10 +2,9 @@
 
 `noise` is the paper's: the network sees [x_t, y] and returns about -z, the noise with its sign turned.
 
-`residual` preconditions the network in residual space as EDM does in image space (Karras et al. 2022, Eq. 7 and Table 1, with
-u = x - y in the place of the image). At high noise the paper's form multiplies the network's error by sigma / a = 2.7; this one
-starts from D = y there, and input, target and loss have unit variance at every noise level. Small networks and short trainings
-gain most from it. See docs/driftrec.md.
+`residual` preconditions the network in residual space as EDM does in image space (Karras et al. 2022, Eq. 7 and Table 1,
+with u = x - y in the place of the image). At high noise the paper's form multiplies the network's error by sigma / a = 2.7;
+this one starts from D = y there, and input, target and loss have unit variance at every noise level. See docs/driftrec.md.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from ..networks.ncsnpp import NCSNpp
 from .sde import SDE
 
 PREDICTIONS = ("noise", "residual")
@@ -71,7 +71,7 @@ class ScoreDenoiser(nn.Module):
         prediction: What its output means.
     """
 
-    def __init__(self, network: nn.Module, sde: SDE, prediction: Prediction) -> None:
+    def __init__(self, network: NCSNpp, sde: SDE, prediction: Prediction) -> None:
         super().__init__()
         self.network, self.sde, self.prediction = network, sde, prediction
         self.compute_dtype = torch.float32
@@ -104,11 +104,12 @@ class RegressionRestorer(nn.Module):
 
     Args:
         network: Takes (B, 3, H, W) and, where it is conditional, noise levels (B,); returns (B, 3, H, W).
-        residual_scale: 0 where the output is the image itself (the paper); else the output times this is added to the input.
+        residual_scale: 0 where the output is the image itself (the paper); else the factor of the output before it is
+            added to the input.
         noise_level: The constant that a conditional network is given.
     """
 
-    def __init__(self, network: nn.Module, residual_scale: float = 0.0, noise_level: float | None = None) -> None:
+    def __init__(self, network: NCSNpp, residual_scale: float = 0.0, noise_level: float | None = None) -> None:
         super().__init__()
         self.network, self.residual_scale, self.noise_level = network, residual_scale, noise_level
         self.compute_dtype = torch.float32

@@ -13,9 +13,9 @@ from .sampling import component_ratios
 def clamp_to_cells(images: Tensor, jpeg: JPEGData) -> Tensor:
     """Project images onto the quantisation cells of a JPEG, in continuous levels.
 
-    Each component is sampled down as the file's encoder does, its DCT coefficients are clamped, and the difference is added
-    back (repeated where chroma is subsampled, which keeps the box mean exact). Before the clip to [0, 1] the result is the
-    nearest set member; the clip can move some coefficients out of their cells again by a little.
+    Each component is sampled down as the file's encoder does, its DCT coefficients are clamped, and the difference is
+    added back (repeated where chroma is subsampled, which keeps the box mean exact). The final clip to [0, 1] can move
+    some coefficients out of their cells again by a little.
 
     Args:
         images: (B, 3, H, W) in [0, 1], upright: the file's EXIF orientation has been applied.
@@ -31,7 +31,8 @@ def clamp_to_cells(images: Tensor, jpeg: JPEGData) -> Tensor:
     if stored.shape[-2:] != (jpeg.height, jpeg.width):
         upright = (jpeg.height, jpeg.width) if jpeg.orientation < 5 else (jpeg.width, jpeg.height)
         raise ValueError(
-            f"expected images of the JPEG's size, {upright[1]}x{upright[0]}, got {images.shape[-1]}x{images.shape[-2]}. "
+            f"expected images of the JPEG's size, {upright[1]}x{upright[0]}, "
+            f"got {images.shape[-1]}x{images.shape[-2]}. "
             f"Connect the picture that was restored from {jpeg.name}, without resizing it."
         )
     coefficients = jpeg.coefficients.to(images.device)

@@ -19,8 +19,8 @@ from training.configs import DriftRecConfig, RegressionConfig
 class DriftRecTask:
     """Denoising score matching along the drift (paper Eq. 9; here as a weighted error of the predicted image).
 
-    For the paper's `noise` prediction the loss is half the squared error of the noise; the authors sum over a picture where
-    this takes the mean, which AdamW does not tell apart.
+    For the paper's `noise` prediction the loss is half the squared error of the noise. The authors sum over a picture where
+    this takes the mean; AdamW does not tell the two apart.
     """
 
     def __init__(self, config: DriftRecConfig) -> None:
@@ -93,8 +93,8 @@ class RegressionTask:
 def place_weights(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load weights, also from a network with fewer image channels.
 
-    A regression network sees y, a score network [x_t, y]: where a side of a tensor is longer in `network`, the given values
-    take its last places, which belong to y, and zeros the others. The score network then starts as the regression.
+    A regression network sees y, a score network [x_t, y]: where a side of a tensor is longer in `network`, the given
+    values take its last places, which belong to y, and zeros the others. The score network then starts as the regression.
 
     Raises:
         RestorerFileError: The networks differ in more than that.
@@ -102,11 +102,15 @@ def place_weights(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     state = network.state_dict()
     if state.keys() != tensors.keys():
         differing = sorted(state.keys() ^ tensors.keys())
-        raise RestorerFileError(f"the file to start from has another network (they differ in {differing[0]} and others).")
+        raise RestorerFileError(
+            f"the file to start from has another network (they differ in {differing[0]} and others)."
+        )
     for key, target in state.items():
         given = tensors[key].to(target.dtype)
         if given.dim() != target.dim() or any(g > t for g, t in zip(given.shape, target.shape, strict=True)):
-            raise RestorerFileError(f"the file to start from has {key} of {tuple(given.shape)}, not {tuple(target.shape)}.")
+            raise RestorerFileError(
+                f"the file to start from has {key} of {tuple(given.shape)}, not {tuple(target.shape)}."
+            )
         if not key.startswith("output_layer"):  # its inputs are zero by then; zeros on both sides would never learn
             target.zero_()
         target[tuple(slice(t - g, t) for g, t in zip(given.shape, target.shape, strict=True))] = given

@@ -13,8 +13,10 @@ from restoration.restorer_file import RestorerMetadata
 class Task(Protocol):
     """One kind of training."""
 
-    model: nn.Module
-    """What is trained; its parameters are averaged, stored and exported."""
+    @property
+    def model(self) -> nn.Module:
+        """What is trained; its parameters are averaged, stored and exported."""
+        ...
 
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """The loss of a batch (`clean`, `degraded` of shape (B, 3, H, W)); `model` is `self.model`, perhaps wrapped."""

@@ -46,7 +46,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.task, self.dataset, self.data, self.optimizer_config, self.run_config = task, dataset, data, optimizer, run
         self.folder, self.validate, self.validate_every = folder, validate, validate_every
-        self.accelerator = Accelerator(mixed_precision=run.precision)
+        self.accelerator = Accelerator(mixed_precision=run.precision, cpu=on_cpu())
         self.images = 0
         self.stop_asked = False
         share = self.accelerator.num_processes * run.accumulate
@@ -231,3 +231,8 @@ class Trainer:
             return self.stop_asked
         asked = torch.tensor([int(self.stop_asked)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum"))
+
+
+def on_cpu() -> bool:
+    """Whether there is no accelerator; accelerate joins several processes on CPUs only when it is told so."""
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())

@@ -11,7 +11,7 @@ from restoration.restorer_file import read_restorer
 from training.config_files import to_yaml
 from training.configs import DriftRecConfig, RegressionConfig
 from training.data import PairDataset, find_images, scan_images
-from training.loop import Trainer
+from training.loop import Trainer, on_cpu
 from training.run_folder import RunFolder
 from training.trainers.score import DriftRecTask, RegressionTask
 from training.trainers.task import Task
@@ -32,7 +32,7 @@ class Session:
 
     def __init__(self, command: str, config: DriftRecConfig | RegressionConfig) -> None:
         self.command, self.config = command, config
-        self.state = PartialState()
+        self.state = PartialState(cpu=on_cpu())
         self._say(f"looking at the pictures in {config.data.train} ...")
         self.training, self.broken = _readable(config.data.train)
         if config.data.validation is None:

@@ -1,0 +1,105 @@
+"""The trainer's command line: presets, strict YAML, overrides, and what a user sees of mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from training.__main__ import parse
+from training.config_files import ConfigError, read_config, to_yaml
+from training.configs import PRESETS
+
+from shared import ROOT
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "training", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(("command", "preset"), [(c, p) for c, rows in PRESETS.items() for p in rows])
+def test_every_preset_survives_a_round_trip_through_yaml(command: str, preset: str, tmp_path: Path) -> None:
+    config = PRESETS[command][preset]
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert read_config(path, PRESETS[command]["paper"]) == config
+
+
+def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("optimizer: {learning_rate: 3e-4}\nrun: {batch: 4, images: 1000}\n")
+    dry_run, config = parse(
+        "driftrec", ["--preset", "starter", "--config", str(path), "--run.batch", "8", "--dry-run"]
+    )
+    assert dry_run
+    assert config.run.batch == 8
+    assert config.run.images == 1000
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.network.width == PRESETS["driftrec"]["starter"].network.width
+
+
+def test_all_mistakes_of_a_file_are_reported_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(
+        "data: {crpo: 64, workers: two}\nsde: {name: foo}\noptimizr: {}\nrun: {batch: true}\n"
+        "data2: 1\nprediction: {kind: image}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, PRESETS["driftrec"]["paper"])
+    message = str(caught.value)
+    assert "data.crpo: unknown key, did you mean 'crop'?" in message
+    assert "data.workers: expected int, got 'two'" in message
+    assert "sde.name: expected one of 'ouve', 'tsdve', 'cosve', got 'foo'" in message
+    assert "optimizr: unknown key, did you mean 'optimizer'?" in message
+    assert "run.batch: expected int, got True" in message
+    assert "prediction: DriftRec: expected a prediction of noise or residual" in message
+
+
+def test_the_written_configuration_names_every_field() -> None:
+    values = yaml.safe_load(to_yaml(PRESETS["driftrec"]["starter"]))
+    assert values["network"]["channel_multipliers"] == [1, 2, 2, 2]
+    assert values["data"]["degradation"]["subsampling"]["4:2:0"] == 0.7
+
+
+def test_dry_run_prints_what_was_found_and_writes_nothing(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures" / "deep"
+    pictures.mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (40, 40), (number * 40, 9, 9)).save(pictures / f"{number}.png")
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    output = tmp_path / "out"
+    done = run("driftrec", "--preset", "starter", "--data.train", str(pictures.parent), "--run.output", str(output),
+               "--dry-run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "network: 2,4" in done.stdout and "parameters" in done.stdout
+    assert "3 pictures to train on" in done.stdout
+    assert "broken.jpg" in done.stdout
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["driftrec", "--data.train", "nowhere", "--dry-run"], "there is no folder nowhere"),
+        (["driftrec", "--data.train", "{empty}", "--dry-run"], "no picture found in"),
+        (["driftrec", "--config", "{empty}/absent.yaml"], "cannot be read"),
+        (["drift"], "expected a command of the list, got 'drift'"),
+        (["regression", "--run.init-from", "{empty}/absent.safetensors", "--data.train", "{pictures}"], "no such file"),
+        (["regression", "--run.batch", "3", "--run.accumulate", "2", "--data.train", "{pictures}",
+          "--network.width", "8", "--run.output", "{empty}/run"], "expected a multiple of 2"),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_in_one_sentence(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    empty, pictures = tmp_path / "empty", tmp_path / "pictures"
+    empty.mkdir()
+    pictures.mkdir()
+    Image.new("RGB", (40, 40)).save(pictures / "a.png")
+    done = run(*(argument.format(empty=empty, pictures=pictures) for argument in arguments))
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,218 @@
+"""The training loop: learning, resuming bit for bit, surviving kills, several processes, stopping on bad numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from restoration.pipelines import restore_regression
+from restoration.restorer_file import read_restorer
+from restoration.restorers import build_restorer, load_weights
+from training.checkpoint import Average, CheckpointError, read_checkpoint, write_checkpoint
+from training.configs import PRESETS, OptimizerConfig
+from training.degradation import Degradation
+from training.loop import TrainingStoppedError
+from training.run_folder import RunFolderError
+from training.session import Session
+
+from shared import ROOT
+
+TINY = [
+    "--preset", "starter", "--network.width", "8", "--network.channel-multipliers", "1", "1", "--network.res-blocks", "1",
+    "--data.crop", "16", "--data.workers", "0", "--run.batch", "4", "--validation.images", "1", "--validation.crop", "16",
+    "--validation.qualities", "10", "--validation.every", "1000000", "--optimizer.warmup-images", "0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three smooth pictures with a few edges."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows, columns = np.mgrid[0:48, 0:48] / 48
+    for number in range(3):
+        waves = np.stack([np.sin((number + 2) * rows * 3), np.cos(columns * 4 + number), rows * columns], -1) * 100 + 120
+        waves[10 + number : 20, 15:30] = 255 - 60 * number
+        Image.fromarray(waves.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def tiny(command: str, pictures: Path, output: Path, **run: object):
+    config = PRESETS[command]["starter"]
+    network = dataclasses.replace(config.network, width=8, channel_multipliers=(1, 1), res_blocks=1)
+    return dataclasses.replace(
+        config,
+        network=network,
+        data=dataclasses.replace(config.data, train=pictures, crop=16, workers=0),
+        optimizer=dataclasses.replace(config.optimizer, warmup_images=0, learning_rate=1e-3),
+        validation=dataclasses.replace(config.validation, images=1, crop=16, qualities=(10,), every=10**6),
+        run=dataclasses.replace(config.run, output=output, batch=4, checkpoint_every=16, **run),
+    )
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    state = read_checkpoint(output / "checkpoint.pt")
+    return {**state["model"], **{f"average.{key}": value for key, value in state["average"]["values"].items()}}
+
+
+@pytest.mark.parametrize("command", ["driftrec", "regression"])
+def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(command: str, pictures: Path, tmp_path: Path) -> None:
+    Session(command, tiny(command, pictures, tmp_path / "whole", images=64)).train()
+    interrupted = tiny(command, pictures, tmp_path / "parts", images=64)
+    session = Session(command, interrupted)
+    stop_after(session, images=32)
+    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["images"] == 32
+    Session(command, interrupted).train()
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def stop_after(session: Session, images: int) -> None:
+    """Train, with a SIGTERM sent to this process as soon as so many images are done."""
+    import training.loop
+
+    step = training.loop.Trainer._step
+
+    def counted(self, batches):
+        statistics = step(self, batches)
+        if self.images + self.run_config.batch == images:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return statistics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.loop.Trainer, "_step", counted)
+        session.train()
+
+
+def test_training_gains_over_the_jpeg_and_exports_a_restorer_that_runs(pictures: Path, tmp_path: Path) -> None:
+    config = tiny("regression", pictures, tmp_path / "run", images=1200)
+    data = dataclasses.replace(config.data, degradation=Degradation(10, 10), downscale=(1.0, 1.0), rotations=False)
+    config = dataclasses.replace(config, data=data, optimizer=OptimizerConfig(learning_rate=4e-3))
+    Session("regression", config).train()
+    file = read_restorer(tmp_path / "run" / "regression.safetensors")
+    assert file.metadata.training["images"] == 1200
+    metrics = file.metadata.training["metrics"]
+    assert metrics["psnr/qf10"] > metrics["jpeg_psnr/qf10"] + 0.3
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
+    assert sum(loss is not None for loss in losses) == 300
+    restorer = build_restorer(file.metadata, file.name).eval()
+    load_weights(restorer, file)
+    with torch.no_grad():
+        assert restore_regression(restorer, torch.rand(1, 3, 20, 31)).shape == (1, 3, 20, 31)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+
+
+def test_killed_and_repeated_the_command_goes_on(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "training", "regression", *TINY, "--data.train", str(pictures)),
+        *("--run.output", str(output), "--run.images", "100000", "--run.checkpoint-every", "40"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not (output / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = read_checkpoint(output / "checkpoint.pt")["images"]
+    command[command.index("100000")] = str(reached + 40)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {output / 'checkpoint.pt'} at {reached} images" in done.stdout + done.stderr
+    assert read_checkpoint(output / "checkpoint.pt")["images"] == reached + 40
+
+
+def test_two_processes_share_the_batches(pictures: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("-m", "training", "driftrec", *TINY, "--data.train", str(pictures)),
+        *("--run.output", str(tmp_path / "run"), "--run.images", "16"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stdout
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["images"] == 16
+    assert (tmp_path / "run" / "driftrec.safetensors").exists()
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_pictures(pictures: Path, tmp_path: Path) -> None:
+    session = Session("regression", tiny("regression", pictures, tmp_path / "run", images=64))
+    with torch.no_grad():
+        next(session.task.model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingStoppedError, match=r"step 0, 0 images: the loss is nan in the batch .*\.png \(index 0\)"):
+        session.train()
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_another_configuration_does_not_continue_a_run(pictures: Path, tmp_path: Path) -> None:
+    config = tiny("regression", pictures, tmp_path / "run", images=8)
+    Session("regression", config).train()
+    other = dataclasses.replace(config, network=dataclasses.replace(config.network, width=16))
+    with pytest.raises(RunFolderError, match=r"network.width was 8, is 16"):
+        Session("regression", other).train()
+
+
+def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint(path, {"images": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_checkpoint(path, {"images": 2})
+    assert read_checkpoint(path) == {"images": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_cut_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint(path, {"values": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        read_checkpoint(path)
+
+
+def test_the_average_follows_the_formula_of_torch_ema() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        module.weight.fill_(0.0)
+    average = Average(module, decay=0.999)
+    expected, decay = 0.0, 0.999
+    for step in range(1, 6):
+        with torch.no_grad():
+            module.weight.fill_(float(step))
+        average.update(module)
+        weight = min(decay, (1 + step) / (10 + step))
+        expected = weight * expected + (1 - weight) * step
+    assert average.values["weight"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_score_network_can_start_from_a_regression(pictures: Path, tmp_path: Path) -> None:
+    Session("regression", tiny("regression", pictures, tmp_path / "first", images=8)).train()
+    start = tmp_path / "first" / "regression.safetensors"
+    config = tiny("driftrec", pictures, tmp_path / "second", images=8, init_from=start)
+    session = Session("driftrec", config)
+    given = read_restorer(start).part("regression")
+    loaded = session.task.model.network.state_dict()
+    assert all(
+        torch.equal(loaded[key][tuple(slice(-side, None) for side in value.shape)], value)
+        for key, value in given.items()
+    )
+    session.train()
+    assert (tmp_path / "second" / "driftrec.safetensors").exists()

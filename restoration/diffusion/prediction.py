@@ -2,9 +2,10 @@
 
 `noise` is the paper's: the network sees [x_t, y] and returns about -z, the noise with its sign turned.
 
-`residual` preconditions the network in residual space as EDM does in image space (Karras et al. 2022, Eq. 7 and Table 1,
-with u = x - y in the place of the image). At high noise the paper's form multiplies the network's error by sigma / a = 2.7;
-this one starts from D = y there, and input, target and loss have unit variance at every noise level. See docs/driftrec.md.
+`residual` preconditions the network in residual space as EDM does in image space (Karras et al. 2022, Eq. 7 and Table
+1, with u = x - y in the place of the image). At high noise the paper's form multiplies the network's error by
+sigma / a = 2.7; this one starts from D = y there, and input, target and loss have unit variance at every noise level.
+See docs/driftrec.md.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Samplers of DriftRec's reverse process, each a pure function from a compressed image to a restored one.
 
-A sampler asks a denoiser for data predictions D(x_t, y, t), the network's estimate of the clean image. What it needs besides
-follows from D: the score is (y + a (D - y) - x) / sigma^2.
+A sampler asks a denoiser for data predictions D(x_t, y, t), the network's estimate of the clean image. What it needs
+besides follows from D: the score is (y + a (D - y) - x) / sigma^2.
 
-The multistep samplers use that the residual u = x - y follows a standard linear diffusion, u_t = a(t) u_0 + sigma(t) z, so
-that every formula of DPM-Solver++ (Lu et al. 2022) holds with (x, alpha, x0) replaced by (u, a, D - y).
+The multistep samplers use that the residual u = x - y follows a standard linear diffusion, u_t = a(t) u_0 + sigma(t) z,
+so that every formula of DPM-Solver++ (Lu et al. 2022) holds with (x, alpha, x0) replaced by (u, a, D - y).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import exp, expm1, sqrt
 
 import numpy as np
@@ -104,7 +105,7 @@ def sample_multistep(
     denoise: Denoiser, sde: SDE, degraded: Tensor, noise: NoiseSource, *, steps: int = 10, t_eps: float = 0.03,
     eta: float = 0.0, order: int = 2, callback: Callback | None = None,
 ) -> Tensor:  # fmt: skip
-    """Multistep sampling in residual space with `steps` evaluations: DPM-Solver++(2M) for eta = 0, its SDE form for eta = 1.
+    """Multistep sampling in residual space: DPM-Solver++(2M) for eta = 0, its SDE form for eta = 1.
 
     Args:
         denoise: The denoiser.
@@ -114,7 +115,8 @@ def sample_multistep(
         steps: Evaluations of the denoiser, at times uniform in the half-log-SNR; the last one is the result.
         t_eps: The last time, in (0, 1).
         eta: Stochasticity in [0, 1]: 0 follows the probability-flow ODE, 1 the reverse SDE.
-        order: 1 uses the present data prediction (DDIM; the posterior sampling of IR-SDE for eta = 1), 2 the one before, too.
+        order: 1 uses the present data prediction (DDIM; the posterior sampling of IR-SDE for eta = 1), 2 also the one
+            before.
         callback: Called after each evaluation.
     """
     evaluate = _Evaluations(denoise, degraded, steps, callback)
@@ -122,7 +124,7 @@ def sample_multistep(
     x = prior_sample(sde, degraded, noise)
     denoised = evaluate(x, times[0])
     before, h_before = denoised, 1.0
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         h = float(sde.half_log_snr(t_next) - sde.half_log_snr(t))
         ratio = float(sde.std(t_next) / sde.std(t))
         a_next, sigma_next = float(sde.mean_coefficient(t_next)), float(sde.std(t_next))
@@ -157,9 +159,9 @@ def sample_euler_heun(
     denoise: Denoiser, sde: SDE, degraded: Tensor, noise: NoiseSource, *, steps: int = 100, t_eps: float = 0.03,
     callback: Callback | None = None,
 ) -> Tensor:  # fmt: skip
-    """The stochastic Heun scheme of Roberts (arXiv 1210.0933), two evaluations a step, as the authors of DriftRec coded it.
+    """The stochastic Heun scheme of Roberts (arXiv 1210.0933) as the authors of DriftRec coded it.
 
-    Where the second evaluation would lie at or before t = 0, the step is one of Euler-Maruyama.
+    It takes two evaluations a step. Where the second would lie at or before t = 0, the step is one of Euler-Maruyama.
     """
     h = 1.0 / steps
     evaluate = _Evaluations(denoise, degraded, 0, callback)
@@ -187,8 +189,8 @@ def sample_rk45(
     """The probability-flow ODE by an adaptive Runge-Kutta method (Dormand-Prince), then one full denoising at t_eps.
 
     Args:
-        tolerance: Relative and absolute tolerance of SciPy's solver; its error norm is taken over the whole batch, so run
-            images one by one where the result must not depend on the batch.
+        tolerance: Relative and absolute tolerance of SciPy's solver; its error norm is taken over the whole batch, so
+            run images one by one where the result must not depend on the batch.
     """
     evaluate = _Evaluations(denoise, degraded, 0, callback)
     start = prior_sample(sde, degraded, noise)
@@ -197,10 +199,14 @@ def sample_rk45(
         x = torch.from_numpy(flat).to(start).reshape(start.shape)
         return _reverse_drift(evaluate, sde, x, degraded, t, score_weight=0.5).double().cpu().numpy().ravel()
 
-    initial = start.double().cpu().numpy().ravel() if start.device.type != "mps" else start.cpu().double().numpy().ravel()
+    initial = (
+        start.double().cpu().numpy().ravel() if start.device.type != "mps" else start.cpu().double().numpy().ravel()
+    )
     solution = solve_ivp(field, (1.0, t_eps), initial, method="RK45", rtol=tolerance, atol=tolerance, t_eval=[t_eps])
     if not solution.success:
-        raise RuntimeError(f"RK45 sampler: the solver gave up ({solution.message}). Raise the tolerance from {tolerance}.")
+        raise RuntimeError(
+            f"RK45 sampler: the solver gave up ({solution.message}). Raise the tolerance from {tolerance}."
+        )
     x = torch.from_numpy(solution.y[:, -1]).to(start).reshape(start.shape)
     return evaluate(x, t_eps)
 

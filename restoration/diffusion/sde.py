@@ -7,7 +7,8 @@ All three drift a clean image x0 towards its compressed version y while noise gr
 (the exponent 2t in the paper's Eq. 3 belongs to g^2). In the residual u = x - y each of them is a standard linear
 diffusion u_t = a(t) u_0 + sigma(t) z, so a(t) and sigma(t) are all that the fast samplers need.
 
-Times are numbers or NumPy arrays in double precision: schedules are computed on the host, whatever device the images are on.
+Times are numbers or NumPy arrays in double precision: schedules are computed on the host, whatever device the images
+are on.
 """
 
 from __future__ import annotations

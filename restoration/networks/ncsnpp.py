@@ -1,7 +1,8 @@
 """NCSN++ (Song et al. 2021, "Score-Based Generative Modeling through SDEs") in the configuration of DriftRec.
 
-BigGAN residual blocks with FIR resampling, an input pyramid that is added at every level ("input skip") and an output pyramid
-that is summed from every level ("output skip"). Modules are numbered as in the published code, so that its checkpoints fit.
+BigGAN residual blocks with FIR resampling, an input pyramid that is added at every level ("input skip") and an output
+pyramid that is summed from every level ("output skip"). Modules are numbered as in the published code, so that its
+checkpoints fit.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class NCSNppConfig:
         res_blocks: Residual blocks a level on the way down; one more on the way up.
         attention_levels: Levels with self-attention (the middle always has it); 4 is 1/16 of the image's size.
         conditional: Whether the network is told the noise level.
-        patch_size: Pixels along each side that are folded into channels before the first level; 1 in the paper. 2 makes an
-            evaluation four times cheaper at the same width.
+        patch_size: Pixels along each side that are folded into channels before the first level; 1 in the paper. 2 makes
+            an evaluation four times cheaper at the same width.
         dropout: Dropout inside the residual blocks, in training only.
     """
 
@@ -52,7 +53,9 @@ class NCSNppConfig:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
         if self.width < 4 or self.width % 4 or min(self.channel_multipliers, default=0) < 1 or self.res_blocks < 1:
-            raise ValueError(f"NCSN++: expected a width that is a multiple of 4, a level and a residual block, got {self}.")
+            raise ValueError(
+                f"NCSN++: expected a width that is a multiple of 4, a level and a residual block, got {self}."
+            )
 
     @property
     def size_multiple(self) -> int:
@@ -82,7 +85,9 @@ class NCSNpp(nn.Module):
         self.config = config
         make = _Maker(config, operations, dtype, device)
         self.all_modules = nn.ModuleList(_modules(config, make))
-        self.output_layer = make.conv(config.in_channels * config.patch_size**2, config.out_channels * config.patch_size**2, 1)
+        self.output_layer = make.conv(
+            config.in_channels * config.patch_size**2, config.out_channels * config.patch_size**2, 1
+        )
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Evaluate the network.
@@ -143,8 +148,8 @@ class NCSNpp(nn.Module):
     def initialize(self, generator: torch.Generator) -> None:
         """Draw new weights as the published code does: uniform with unit gain over the mean of both fans, zero biases.
 
-        Layers that end a residual branch or feed the output pyramid start at (almost) zero. The output layer is an ordinary
-        one there; the pyramids are zero, so the network starts at zero all the same.
+        Layers that end a residual branch or feed the output pyramid start at (almost) zero. The output layer is an
+        ordinary one there; the pyramids are zero, so the network starts at zero all the same.
         """
         for name, parameter in self.named_parameters():
             module, _, leaf = name.rpartition(".")
@@ -205,7 +210,11 @@ def _modules(config: NCSNppConfig, make: _Maker) -> list[nn.Module]:
         if level < levels - 1:
             modules += [ResidualBlock(channels, channels, make, resample="down"), Combine(pyramid, channels, make)]
             skips.append(channels)
-    modules += [ResidualBlock(channels, channels, make), Attention(channels, make), ResidualBlock(channels, channels, make)]
+    modules += [
+        ResidualBlock(channels, channels, make),
+        Attention(channels, make),
+        ResidualBlock(channels, channels, make),
+    ]
     for level, multiplier in reversed(list(enumerate(config.channel_multipliers))):
         for _ in range(config.res_blocks + 1):
             modules.append(ResidualBlock(channels + skips.pop(), width * multiplier, make))
@@ -223,7 +232,9 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, features: int, make: _Maker) -> None:
         super().__init__()
-        self.W = nn.Parameter(torch.empty(features, dtype=torch.float32, device=make.factory["device"]), requires_grad=False)
+        self.W = nn.Parameter(
+            torch.empty(features, dtype=torch.float32, device=make.factory["device"]), requires_grad=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         phase = 2 * math.pi * x[:, None] * self.W.to(device=x.device, dtype=torch.float32)[None]

@@ -80,6 +80,7 @@ class RunFolder:
         """Print a line without tearing the progress bar."""
         if self.main:
             tqdm.write(text)
+            sys.stdout.flush()
 
     def progress(self, done: int, total: int) -> Any:
         """A progress bar in images, with images/s and the time that is left."""

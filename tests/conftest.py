@@ -1,0 +1,77 @@
+"""Fixtures for tests in a real ComfyUI, and restorers small enough for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from restoration.diffusion.prediction import Prediction
+from restoration.networks.ncsnpp import NCSNpp, NCSNppConfig
+from restoration.restorer_file import RestorerMetadata, half, write_restorer
+from tools.setup_env import comfyui_dir
+
+
+def network_weights(config: NCSNppConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Random weights whose network does something: layers that start at zero are drawn, too."""
+    network, generator = NCSNpp(config), torch.Generator().manual_seed(seed)
+    network.initialize(generator)
+    for parameter in network.parameters():
+        if parameter.dim() > 1 and float(parameter.detach().abs().max()) < 1e-3:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    return network.state_dict()
+
+
+def write_driftrec(path: Path, width: int = 8, seed: int = 0) -> Path:
+    """A DriftRec restorer with random weights."""
+    config = NCSNppConfig(width=width, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(), patch_size=2)
+    sde = {"name": "ouve", "sigma_min": 0.01, "sigma_max": 1.0, "gamma": 1.0}
+    prediction = Prediction("residual", 0.05)
+    meaning = {"kind": prediction.kind, "sigma_data": prediction.sigma_data}
+    settings = {"network": config.to_dict(), "sde": sde, "prediction": meaning}
+    tensors = {f"score.{key}": value for key, value in half(network_weights(config, seed)).items()}
+    write_restorer(path, RestorerMetadata("driftrec", settings, license="Apache-2.0"), tensors)
+    return path
+
+
+def write_regression(path: Path, width: int = 8, seed: int = 1) -> Path:
+    """A regression restorer with random weights."""
+    config = NCSNppConfig(
+        in_channels=3, width=width, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(), conditional=False
+    )
+    settings = {"network": config.to_dict(), "residual_scale": 0.05, "noise_level": None}
+    tensors = {f"regression.{key}": value for key, value in network_weights(config, seed).items()}
+    write_restorer(path, RestorerMetadata("regression", settings, license="Apache-2.0"), tensors)
+    return path
+
+
+@pytest.fixture(scope="session")
+def comfyui_folder() -> Path:
+    """The folder of a real ComfyUI; tests that need it are skipped where there is none."""
+    folder = comfyui_dir()
+    if not (folder / "main.py").exists():
+        pytest.skip(f"no ComfyUI in {folder}: run `make setup`, or set COMFYUI_DIR to an installed one")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """ComfyUI's executor with this pack, and restorers `test-driftrec` and `test-regression` in its models folder."""
+    from tests.comfyui_inprocess import ComfyUI
+
+    base = tmp_path_factory.mktemp("comfyui")
+    models = base / "models" / "jpeg_restorers"
+    write_driftrec(models / "test-driftrec.safetensors")
+    write_regression(models / "test-regression.safetensors")
+    yield ComfyUI(comfyui_folder, base)
+
+
+@pytest.fixture
+def fresh(comfy):
+    """The executor with empty caches and no listener."""
+    comfy.forget()
+    comfy.on_progress = None
+    yield comfy
+    comfy.on_progress = None

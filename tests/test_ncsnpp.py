@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from restoration.networks.ncsnpp import NCSNpp, NCSNppConfig, fir_downsample, fir_upsample
+from restoration.networks.ncsnpp import NCSNpp, NCSNppConfig, _fit, fir_downsample, fir_upsample
 
 PAPER = NCSNppConfig()
 
@@ -218,6 +219,15 @@ def test_any_size_goes_through_all_seven_levels_and_is_kept(size):
     out = network(torch.rand(1, 6, *size), torch.tensor([0.5]))
     assert out.shape == (1, 3, *size)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("missing", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_what_an_odd_size_lost_is_filled_with_the_last_row_and_column(missing):
+    """As the authors pad: to the right and at the bottom, by repetition."""
+    h = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    like = torch.empty(1, 1, 4 + missing[0], 6 + missing[1])
+    expected = np.pad(h.numpy(), ((0, 0), (0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
+    np.testing.assert_array_equal(_fit(h, like).numpy(), expected)
 
 
 @torch.no_grad()

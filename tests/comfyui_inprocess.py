@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,6 +62,7 @@ class ComfyUI:
         import comfy.utils
         import execution
         import folder_paths
+
         import nodes
 
         for kind in ("input", "output", "temp", "user"):
@@ -85,8 +88,7 @@ class ComfyUI:
 
     def run(self, prompt: Prompt) -> Run:
         """Validate and execute a prompt in API format; errors are in the result, as a user would see them."""
-        import time
-
+        prompt = copy.deepcopy(prompt)  # ComfyUI writes fingerprints into it
         started, number = time.perf_counter(), str(uuid.uuid4())
         self.server.events, self._progress = [], []
         valid, error, outputs, node_errors = asyncio.run(self.execution.validate_prompt(number, prompt, None))

@@ -1,0 +1,1 @@
+"""ComfyUI adapters: schemas and thin `execute` functions over `restoration`."""

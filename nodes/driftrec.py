@@ -1,0 +1,230 @@
+"""The node that restores with DriftRec, and with the regression baseline."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..restoration.color import COLOR_CORRECTIONS
+from ..restoration.diffusion.prediction import RegressionRestorer, ScoreDenoiser
+from ..restoration.diffusion.samplers import SAMPLERS
+from ..restoration.jpeg import JPEGData
+from ..restoration.jpeg.consistency import clamp_to_cells
+from ..restoration.pipelines import Compute, DriftRecSettings, Projection, restore_driftrec, restore_regression
+from .images import join_image, split_image
+from .runtime import ProgressReport, image_device, prepare_compute
+from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of
+
+_DEFAULTS = DriftRecSettings()
+
+
+class DriftRecSample(io.ComfyNode):
+    """Restoration by sampling from DriftRec, or by one evaluation of its regression baseline."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DriftRecSample",
+            display_name="Restore JPEG with DriftRec",
+            category="image/restoration",
+            description="Restores JPEG-compressed images by diffusion in pixels (DriftRec). Any size; large images "
+            "run in "
+            "tiles that share one noise field. The same seed gives the same picture. Alpha is returned as it came.",
+            search_aliases=["jpeg artifact removal", "deblock", "restore jpeg", "jpeg restoration", "remove artifacts"],
+            inputs=_inputs(),
+            outputs=[
+                io.Image.Output(
+                    "IMAGE", tooltip="The restored images, of the same size, rounded to whole 8-bit levels."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        restorer: Restorer,
+        image: Tensor,
+        sampler: str,
+        steps: int,
+        seed: int,
+        samples: int,
+        color: str,
+        jpeg: list[JPEGData] | None = None,
+        t_eps: float = _DEFAULTS.t_eps,
+        tolerance: float = _DEFAULTS.tolerance,
+        tile: int = 1024,
+        overlap: int = 64,
+    ) -> io.NodeOutput:
+        with errors_of("DriftRecSample"):
+            settings = DriftRecSettings(sampler, steps, tolerance, t_eps, seed, samples, color)
+            _check_family(restorer)
+            pictures, alpha = split_image(image)
+            projections = None if jpeg is None else _projections(jpeg, pictures)
+            compute = prepare_compute(restorer, pictures.shape[-2], pictures.shape[-1], tile, overlap)
+            restored = _restore(restorer, pictures, settings, compute, projections)
+        return io.NodeOutput(join_image(restored, alpha, image_device()))
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        RestorerSocket.Input(
+            "restorer", tooltip="A restorer of the family driftrec or regression, from Load JPEG Restorer."
+        ),
+        io.Image.Input("image", tooltip="The compressed images, at the size that the JPEG has."),
+        io.Combo.Input(
+            "sampler",
+            options=list(SAMPLERS),
+            default=_DEFAULTS.sampler,
+            tooltip="How the diffusion runs backwards. ode_2m is best at few steps; sde_2m adds texture; "
+            "euler_maruyama is the "
+            "paper's and needs about 100 steps. A regression restorer evaluates its network once and ignores this.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=_DEFAULTS.steps,
+            min=1,
+            max=1000,
+            tooltip="Steps of the sampler, each an evaluation of the network (two with euler_heun). rk45 chooses its "
+            "own. "
+            "Ignored by a regression restorer.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=io.ControlAfterGenerate.fixed,
+            tooltip="Of the noise. The same seed gives the same picture; another one gives another plausible picture. "
+            "Ignored by a regression restorer.",
+        ),
+        io.Int.Input(
+            "samples",
+            default=_DEFAULTS.samples,
+            min=1,
+            max=64,
+            tooltip="Restorations that are averaged: 1 keeps the most texture, more come closer to the original on "
+            "average. "
+            "The time grows with it. Ignored by a regression restorer.",
+        ),
+        io.Combo.Input(
+            "color",
+            options=list(COLOR_CORRECTIONS),
+            default=_DEFAULTS.color,
+            tooltip="How colours are brought back to those of the JPEG: mean shifts each channel, adain also matches "
+            "its "
+            "contrast, wavelet takes all coarse tones from the JPEG.",
+        ),
+        JPEGDataSocket.Input(
+            "jpeg",
+            optional=True,
+            tooltip="Connect JPEG_DATA of the same picture to keep the result inside what the file allows.",
+        ),
+        io.Float.Input(
+            "t_eps",
+            default=_DEFAULTS.t_eps,
+            min=0.001,
+            max=0.5,
+            step=0.001,
+            round=0.0001,
+            optional=True,
+            advanced=True,
+            tooltip="The time at which sampling ends: smaller keeps finer texture, larger is smoother.",
+        ),
+        io.Float.Input(
+            "tolerance",
+            default=_DEFAULTS.tolerance,
+            min=1e-6,
+            max=0.1,
+            step=1e-4,
+            round=1e-7,
+            optional=True,
+            advanced=True,
+            tooltip="Error that the sampler rk45 allows itself; smaller takes more evaluations. Others ignore it.",
+        ),
+        io.Int.Input(
+            "tile",
+            default=1024,
+            min=0,
+            max=8192,
+            step=16,
+            optional=True,
+            advanced=True,
+            tooltip="Side of the tiles that larger images are split into, pixels; 0 runs images whole. It is halved "
+            "when memory "
+            "runs out.",
+        ),
+        io.Int.Input(
+            "overlap",
+            default=64,
+            min=0,
+            max=512,
+            step=16,
+            optional=True,
+            advanced=True,
+            tooltip="Pixels that neighbouring tiles share, at most half a tile; they are blended there.",
+        ),
+    ]
+
+
+def _check_family(restorer: Restorer) -> None:
+    if not isinstance(restorer, Restorer):
+        raise ValueError(
+            f"expected a restorer, got {type(restorer).__name__}. Connect the JPEG_RESTORER output of Load JPEG "
+            f"Restorer."
+        )
+    if not isinstance(restorer.module, ScoreDenoiser | RegressionRestorer):
+        raise ValueError(
+            f"expected a restorer of the family driftrec or regression, got {restorer.metadata.family} "
+            f"({restorer.name}). "
+            "Choose another file in Load JPEG Restorer, or use the node for that family."
+        )
+
+
+def _projections(jpegs: Any, pictures: Tensor) -> list[Projection]:
+    """One clamp for each picture; one JPEG serves a whole batch."""
+    if not isinstance(jpegs, list) or not all(isinstance(jpeg, JPEGData) for jpeg in jpegs):
+        raise ValueError("expected JPEG_DATA of this pack at the input jpeg. Connect Load JPEG or Compress to JPEG.")
+    if len(jpegs) not in (1, len(pictures)):
+        raise ValueError(
+            f"expected one JPEG for each of the {len(pictures)} images, or one for all, got {len(jpegs)}. "
+            "Connect the JPEG_DATA that belongs to these images."
+        )
+    for jpeg in jpegs:
+        _check_size(jpeg, pictures.shape[-2], pictures.shape[-1])
+    per_picture = jpegs * len(pictures) if len(jpegs) == 1 else jpegs
+    return [partial(clamp_to_cells, jpeg=jpeg) for jpeg in per_picture]
+
+
+def _check_size(jpeg: JPEGData, height: int, width: int) -> None:
+    sides = (jpeg.height, jpeg.width) if jpeg.orientation < 5 else (jpeg.width, jpeg.height)
+    if sides != (height, width):
+        raise ValueError(
+            f"expected images of the size of the JPEG ({jpeg.name}: {sides[1]}x{sides[0]} upright), got "
+            f"{width}x{height}. "
+            "Connect the IMAGE of the same Load JPEG, neither resized nor turned, or disconnect jpeg."
+        )
+
+
+def _restore(
+    restorer: Restorer,
+    pictures: Tensor,
+    settings: DriftRecSettings,
+    compute: Compute,
+    projections: list[Projection] | None,
+) -> Tensor:
+    report = ProgressReport()
+    if isinstance(restorer.module, RegressionRestorer):
+        return restore_regression(
+            restorer.module,
+            pictures,
+            compute=compute,
+            color=settings.color,
+            projections=projections,
+            on_progress=report,
+        )
+    return restore_driftrec(
+        restorer.module, pictures, settings, compute=compute, projections=projections, on_progress=report
+    )

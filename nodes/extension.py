@@ -1,0 +1,25 @@
+"""The pack's entry point and the list of its nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .compress import JPEGCompress
+from .driftrec import DriftRecSample
+from .files import LoadJPEG, LoadJPEGRestorer
+from .runtime import register_restorer_folders
+
+
+class JPEGRestorerExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes."""
+
+    async def on_load(self) -> None:
+        register_restorer_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadJPEG, LoadJPEGRestorer, DriftRecSample, JPEGCompress]
+
+
+async def comfy_entrypoint() -> JPEGRestorerExtension:
+    """Called once by ComfyUI when it loads the pack."""
+    return JPEGRestorerExtension()

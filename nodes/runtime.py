@@ -1,0 +1,220 @@
+"""All that touches ComfyUI's managers: folders, devices, types, memory, progress, interruption."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+import torch.nn.functional as F
+from comfy.cli_args import args
+from PIL import Image
+from torch import Tensor
+
+from ..restoration.networks.ncsnpp import NCSNppConfig
+from ..restoration.pipelines import Compute, Progress
+from ..restoration.restorer_file import read_restorer
+from ..restoration.restorers import build_restorer, load_weights
+from ..restoration.tiling import Tiler, is_out_of_memory_error
+from .types import Restorer
+
+RESTORER_FOLDER = "jpeg_restorers"
+SHIPPED_WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+DTYPES = {"default": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_JPEG_GRID = 16
+_SMALLEST_CHOSEN_TILE = 256
+_PROGRESS_UNITS = 1000
+_SECONDS_BETWEEN_PREVIEWS = 0.3
+
+# Weak: the outputs of LoadJPEGRestorer own the networks; this only finds one that is still alive.
+_alive: WeakValueDictionary[tuple[str, int, int, torch.dtype], Restorer] = WeakValueDictionary()
+
+
+def register_restorer_folders() -> None:
+    """List `.safetensors` files of models/jpeg_restorers and of the pack's own weights; the former win on equal "
+    "names."""
+    own = os.path.join(folder_paths.models_dir, RESTORER_FOLDER)
+    try:
+        os.makedirs(own, exist_ok=True)
+    except OSError as error:
+        logging.warning(
+            "JPEG Restorer: %s could not be made (%s); only the weights of the pack are listed.", own, error
+        )
+    folder_paths.add_model_folder_path(RESTORER_FOLDER, own)
+    folder_paths.add_model_folder_path(RESTORER_FOLDER, str(SHIPPED_WEIGHTS))
+    paths, _ = folder_paths.folder_names_and_paths[RESTORER_FOLDER]
+    folder_paths.folder_names_and_paths[RESTORER_FOLDER] = (paths, {".safetensors"})
+
+
+def restorer_names() -> list[str]:
+    """The files that LoadJPEGRestorer offers."""
+    return folder_paths.get_filename_list(RESTORER_FOLDER)
+
+
+def restorer_path(name: str) -> str:
+    """Where a listed file is.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    path = folder_paths.get_full_path(RESTORER_FOLDER, name) if name.endswith(".safetensors") else None
+    if path is None:
+        raise ValueError(
+            f"there is no restorer {name!r} in models/{RESTORER_FOLDER} or in the pack's weights folder. Choose one "
+            f"that is "
+            "listed, or put the .safetensors file there and press R to refresh the list."
+        )
+    return path
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Half precision where ComfyUI says that the device is good at it, else float32."""
+    if mm.should_use_fp16(device):
+        return torch.float16
+    return torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
+
+
+def load_restorer(path: str, dtype: torch.dtype | None = None) -> Restorer:
+    """A restorer file as networks of ComfyUI's layers, under its memory manager; one that is in use already is shared.
+
+    Args:
+        path: The file.
+        dtype: Of the networks; None for `default_dtype`.
+
+    Raises:
+        RestorerFileError: The file is not a whole restorer, or not of a family that this version runs.
+    """
+    device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
+    dtype = dtype or default_dtype(device)
+    state = os.stat(path)
+    key = (os.path.abspath(path), state.st_mtime_ns, state.st_size, dtype)
+    if (restorer := _alive.get(key)) is not None:
+        return restorer
+    file = read_restorer(path)
+    operations = comfy.ops.manual_cast
+    module = build_restorer(file.metadata, file.name, operations=operations, dtype=dtype, device=offload_device)
+    # Looked up at each call: ComfyUI puts another class in its place when it starts.
+    patcher = comfy.model_patcher.CoreModelPatcher(module, load_device=device, offload_device=offload_device)
+    load_weights(module, file, assign=patcher.is_dynamic())
+    module.eval().requires_grad_(False)
+    module.compute_dtype = dtype
+    _alive[key] = restorer = Restorer(file.name, file.metadata, module, patcher, dtype)
+    return restorer
+
+
+def activation_bytes(config: NCSNppConfig, height: int, width: int, dtype: torch.dtype) -> int:
+    """About how much memory one evaluation of an NCSN++ takes besides its weights, for one image of that size.
+
+    What the way down keeps for the way up, and the widest place on it: seven maps inside a block that also takes
+    the skip, or five of the level below while it is upsampled. 2 to 10% above the sum of live tensors that was measured
+    for seven configurations (tests/test_nodes_runtime.py).
+    """
+    multipliers = config.channel_multipliers
+    below = (*multipliers[1:], 0)
+    kept = sum((config.res_blocks + 1) * width / 4**level for level, width in enumerate(multipliers))
+    working = max(max(7 * multipliers[level], 5 * below[level]) / 4**level for level in range(len(multipliers)))
+    pixels = math.ceil(height / config.patch_size) * math.ceil(width / config.patch_size)
+    return int((kept + working) * config.width * pixels * dtype.itemsize)
+
+
+def prepare_compute(restorer: Restorer, height: int, width: int, tile: int, overlap: int) -> Compute:
+    """Bring a restorer to its device and say how images of that size are run there.
+
+    Args:
+        restorer: What runs.
+        height: Of the images.
+        width: Of the images.
+        tile: Side of the tiles in pixels, 0 for whole images. Halved when memory runs out; on the CPU, where that would
+            end the program, until it fits from the start.
+        overlap: Of neighbouring tiles, pixels.
+    """
+    config = restorer.module.network.config
+    align = math.lcm(_JPEG_GRID, config.size_multiple)
+    device = restorer.patcher.load_device
+    tile = _fitting_tile(config, restorer.dtype, device, height, width, tile)
+    needed = _tile_bytes(config, restorer.dtype, height, width, tile)
+    mm.load_models_gpu([restorer.patcher], memory_required=needed)
+    tiler = Tiler(tile, overlap, align, is_out_of_memory=_is_out_of_memory, release=mm.soft_empty_cache)
+    return Compute(device, tiler, mm.throw_exception_if_processing_interrupted)
+
+
+class ProgressReport:
+    """Shows on the node how far it is, with small previews; called with the core's `Progress`.
+
+    ComfyUI hears of it at once when it is made, and of the end when the last image is done.
+    """
+
+    def __init__(self) -> None:
+        self.bar = comfy.utils.ProgressBar(_PROGRESS_UNITS)
+        self.bar.update_absolute(0)
+        self._last_preview = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        now = time.monotonic()
+        preview = None
+        if now - self._last_preview >= _SECONDS_BETWEEN_PREVIEWS:
+            self._last_preview = now
+            preview = ("JPEG", preview_picture(progress.preview, args.preview_size), args.preview_size)
+        self.bar.update_absolute(round(progress.fraction * _PROGRESS_UNITS), preview=preview)
+
+
+def preview_picture(picture: Tensor, size: int) -> Image.Image:
+    """The first picture of (B, 3, H, W) in [0, 1], no side longer than `size`."""
+    small = picture[:1].detach().float()
+    shrink = max(small.shape[-2:]) / size
+    if shrink > 1:
+        sides = [max(1, round(side / shrink)) for side in small.shape[-2:]]
+        small = F.interpolate(small, size=sides, mode="area")
+    levels = (small[0].clamp(0, 1) * 255).round().byte().movedim(0, -1)
+    return Image.fromarray(levels.cpu().contiguous().numpy())
+
+
+def each_chunk(function: Callable[[Tensor], Tensor], pictures: Tensor, pixels: int) -> list[Tensor]:
+    """`function` on parts of a batch (B, C, H, W), each of about `pixels` pixels and at least one picture; "
+    "interruptible."""
+    length = max(1, pixels // (pictures.shape[-2] * pictures.shape[-1]))
+    results = []
+    for chunk in pictures.split(length):
+        mm.throw_exception_if_processing_interrupted()
+        results.append(function(chunk))
+    return results
+
+
+def image_device() -> torch.device:
+    """Where ComfyUI wants images between nodes."""
+    return mm.intermediate_device()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return is_out_of_memory_error(error) or mm.is_oom(error)
+
+
+def _tile_bytes(config: NCSNppConfig, dtype: torch.dtype, height: int, width: int, tile: int) -> int:
+    return activation_bytes(config, min(height, tile or height), min(width, tile or width), dtype)
+
+
+def _fitting_tile(
+    config: NCSNppConfig, dtype: torch.dtype, device: torch.device, height: int, width: int, tile: int
+) -> int:  # fmt: skip
+    if not mm.is_device_cpu(device):
+        return tile
+    free = mm.get_free_memory(device)
+    while _tile_bytes(config, dtype, height, width, tile) > free:
+        smaller = (tile or max(height, width)) // 2
+        if smaller < _SMALLEST_CHOSEN_TILE:
+            break
+        tile = smaller
+        logging.info("JPEG Restorer: tiles of %d pixels, to fit into %.1f GB of free memory.", tile, free / 2**30)
+    return tile

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from shared import ROOT
 
 from training.__main__ import parse
 from training.config_files import ConfigError, read_config, to_yaml
 from training.configs import PRESETS
-
-from shared import ROOT
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,9 +32,7 @@ def test_every_preset_survives_a_round_trip_through_yaml(command: str, preset: s
 def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("optimizer: {learning_rate: 3e-4}\nrun: {batch: 4, images: 1000}\n")
-    dry_run, config = parse(
-        "driftrec", ["--preset", "starter", "--config", str(path), "--run.batch", "8", "--dry-run"]
-    )
+    dry_run, config = parse("driftrec", ["--preset", "starter", "--config", str(path), "--run.batch", "8", "--dry-run"])
     assert dry_run
     assert config.run.batch == 8
     assert config.run.images == 1000

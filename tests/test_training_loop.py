@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shared import ROOT
 
 from restoration.pipelines import restore_regression
 from restoration.restorer_file import read_restorer
@@ -26,12 +27,11 @@ from training.loop import TrainingStoppedError
 from training.run_folder import RunFolderError
 from training.session import Session
 
-from shared import ROOT
-
 TINY = [
-    "--preset", "starter", "--network.width", "8", "--network.channel-multipliers", "1", "1", "--network.res-blocks", "1",
-    "--data.crop", "16", "--data.workers", "0", "--run.batch", "4", "--validation.images", "1", "--validation.crop", "16",
-    "--validation.qualities", "10", "--validation.every", "1000000", "--optimizer.warmup-images", "0",
+    "--preset", "starter", "--network.width", "8", "--network.channel-multipliers", "1", "1",
+    "--network.res-blocks", "1", "--data.crop", "16", "--data.workers", "0", "--run.batch", "4",
+    "--validation.images", "1", "--validation.crop", "16", "--validation.qualities", "10",
+    "--validation.every", "1000000", "--optimizer.warmup-images", "0",
 ]  # fmt: skip
 
 
@@ -42,7 +42,9 @@ def pictures(tmp_path: Path) -> Path:
     folder.mkdir()
     rows, columns = np.mgrid[0:48, 0:48] / 48
     for number in range(3):
-        waves = np.stack([np.sin((number + 2) * rows * 3), np.cos(columns * 4 + number), rows * columns], -1) * 100 + 120
+        waves = (
+            np.stack([np.sin((number + 2) * rows * 3), np.cos(columns * 4 + number), rows * columns], -1) * 100 + 120
+        )
         waves[10 + number : 20, 15:30] = 255 - 60 * number
         Image.fromarray(waves.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
     return folder
@@ -153,7 +155,9 @@ def test_a_loss_that_is_no_number_stops_with_step_and_pictures(pictures: Path, t
     session = Session("regression", tiny("regression", pictures, tmp_path / "run", images=64))
     with torch.no_grad():
         next(session.task.model.parameters()).fill_(float("nan"))
-    with pytest.raises(TrainingStoppedError, match=r"step 0, 0 images: the loss is nan in the batch .*\.png \(index 0\)"):
+    with pytest.raises(
+        TrainingStoppedError, match=r"step 0, 0 images: the loss is nan in the batch .*\.png \(index 0\)"
+    ):
         session.train()
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 

@@ -201,7 +201,7 @@ class Trainer:
     def _measure(self) -> None:
         figures = self.validate(self.images)
         self.folder.log(self.images, {f"validation/{key}": value for key, value in figures.items()})
-        self.folder.export(self.task, self.images, figures, self.run_config.license)
+        self.folder.export(self.task, self.images, figures, self.run_config)
 
     def _with_average(self, work: Callable[[], None]) -> None:
         """Run `work` on the averaged weights, in evaluation mode, without gradients."""

@@ -12,13 +12,23 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from restoration.restorer_file import write_restorer
+from restoration.restorer_file import half, write_restorer
 from training.config_files import to_plain, to_yaml
+from training.configs import RunConfig
 from training.trainers.task import Task
 
 # What may differ when a run goes on: all that does not change what is trained.
 _MAY_CHANGE = (
-    *("run.images", "run.batch", "run.accumulate", "run.precision", "run.output", "run.init_from", "run.license"),
+    *(
+        "run.images",
+        "run.batch",
+        "run.accumulate",
+        "run.precision",
+        "run.output",
+        "run.init_from",
+        "run.license",
+        "run.half",
+    ),
     *(
         "run.checkpoint_every",
         "run.checkpoint_minutes",
@@ -109,7 +119,7 @@ class RunFolder:
         Image.fromarray(pixels).save(folder / f"{images:09d}.png")
         self._writer.add_image("before, after, clean", grid, images)
 
-    def export(self, task: Task, images: int, figures: dict[str, float], license: str) -> None:
+    def export(self, task: Task, images: int, figures: dict[str, float], run: RunConfig) -> None:
         """Write the restorer file from the task's present weights."""
         training = {
             **self.provenance,
@@ -117,7 +127,8 @@ class RunFolder:
             "metrics": {key: round(value, 5) for key, value in figures.items()},
             "date": datetime.date.today().isoformat(),
         }
-        write_restorer(self.restorer, task.metadata(training, license), task.tensors())
+        tensors = half(task.tensors()) if run.half else task.tensors()
+        write_restorer(self.restorer, task.metadata(training, run.license), tensors)
 
     def close(self) -> None:
         """Flush the logs."""

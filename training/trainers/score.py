@@ -19,15 +19,16 @@ from training.configs import DriftRecConfig, RegressionConfig
 class DriftRecTask:
     """Denoising score matching along the drift (paper Eq. 9; here as a weighted error of the predicted image).
 
-    For the paper's `noise` prediction the loss is half the squared error of the noise. The authors sum over a picture where
-    this takes the mean; AdamW does not tell the two apart.
+    For the paper's `noise` prediction the loss is half the squared error of the noise. The authors sum over a picture
+    where this takes the mean; AdamW does not tell the two apart.
     """
 
     def __init__(self, config: DriftRecConfig) -> None:
         self.config = config
-        sde_config = {key: value for key, value in asdict(config.sde).items() if key not in ("name", "t_eps")}
-        network = _new_network(NCSNpp(config.network), config.run.seed)
-        self.model = ScoreDenoiser(network, make_sde(config.sde.name, **sde_config), config.prediction)
+        sde = make_sde(
+            config.sde.name, sigma_min=config.sde.sigma_min, sigma_max=config.sde.sigma_max, gamma=config.sde.drift
+        )
+        self.model = ScoreDenoiser(_new_network(NCSNpp(config.network), config.run.seed), sde, config.prediction)
 
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         clean, degraded = batch["clean"], batch["degraded"]
@@ -46,7 +47,7 @@ class DriftRecTask:
     def metadata(self, training: dict[str, Any], license: str) -> RestorerMetadata:
         config = {
             "network": self.config.network.to_dict(),
-            "sde": asdict(self.config.sde),
+            "sde": {**asdict(self.config.sde), "gamma": self.config.sde.drift},
             "prediction": asdict(self.config.prediction),
         }
         return RestorerMetadata("driftrec", config, training=training, license=license)
@@ -90,11 +91,12 @@ class RegressionTask:
         place_weights(self.model.network, _network_tensors(tensors))
 
 
-def place_weights(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load weights, also from a network with fewer image channels.
+def place_weights(network: NCSNpp, tensors: dict[str, Tensor]) -> None:
+    """Load weights, also those of a regression network into a score network of the same shape.
 
-    A regression network sees y, a score network [x_t, y]: where a side of a tensor is longer in `network`, the given
-    values take its last places, which belong to y, and zeros the others. The score network then starts as the regression.
+    The regression sees y, the score network [x_t, y]: where a side of a tensor has the score network's image channels,
+    the given values take its last places, which belong to y, and zeros the others. The score network then starts as
+    the regression.
 
     Raises:
         RestorerFileError: The networks differ in more than that.
@@ -103,17 +105,20 @@ def place_weights(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     if state.keys() != tensors.keys():
         differing = sorted(state.keys() ^ tensors.keys())
         raise RestorerFileError(
-            f"the file to start from has another network (they differ in {differing[0]} and others)."
+            f"the file to start from has another network: {differing[0]} is in one of the two only."
         )
+    patch = network.config.patch_size**2
+    may_grow = {(3 * patch, 6 * patch)} if network.config.in_channels == 6 else set()
     for key, target in state.items():
         given = tensors[key].to(target.dtype)
-        if given.dim() != target.dim() or any(g > t for g, t in zip(given.shape, target.shape, strict=True)):
+        sides = list(zip(given.shape, target.shape, strict=False))
+        if given.dim() != target.dim() or any(g != t and (g, t) not in may_grow for g, t in sides):
             raise RestorerFileError(
                 f"the file to start from has {key} of {tuple(given.shape)}, not {tuple(target.shape)}."
             )
         if not key.startswith("output_layer"):  # its inputs are zero by then; zeros on both sides would never learn
             target.zero_()
-        target[tuple(slice(t - g, t) for g, t in zip(given.shape, target.shape, strict=True))] = given
+        target[tuple(slice(t - g, t) for g, t in sides)] = given
 
 
 def _network_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -202,7 +202,7 @@ def test_jpeg_keeps_the_result_inside_the_file(fresh, restorer):
 def test_progress_and_previews_arrive(fresh):
     """The bar starts at nothing, never falls, ends full, and carries small pictures."""
     result_of = Graph()
-    sample = result_of.sample([result_of.image(photo(700, 900)), 0], steps=6, tile=256)
+    sample = result_of.sample([result_of.image(photo(400, 600)), 0], steps=4, tile=256)
     result_of.sink([sample, 0])
     result = run(fresh, result_of)
     values = [value for value, _, _ in result.progress]

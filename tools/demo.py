@@ -1,0 +1,152 @@
+"""Restore a JPEG in a real ComfyUI with the example workflow: `make demo [IMAGE=photo.jpg]`.
+
+Writes demo/restored.png and demo/before_after.png.
+"""
+
+# ruff: noqa: E402 - run as a file, it has to find the repository first
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from restoration.jpeg import JPEGData, JPEGError, apply_orientation, read_jpeg_and_pixels
+from restoration.metrics import blockiness, psnr, ssim
+from tools.comfyui_server import ComfyUIServer, ServerError, run_workflow
+from tools.pictures import before_after
+
+DEMO = ROOT / "demo"
+WORKFLOW = ROOT / "example_workflows" / "driftrec_restore.json"
+SAMPLE_QUALITY = 10
+
+
+def sample_picture() -> Image.Image:
+    """The bundled sample: an astronaut, photographed by NASA, in the public domain; it comes with scikit-image."""
+    from skimage import data
+
+    return Image.fromarray(data.astronaut())
+
+
+def make_sample() -> tuple[Path, Tensor]:
+    """The sample as demo/sample.jpg, and its clean picture (1, 3, H, W)."""
+    path = DEMO / "sample.jpg"
+    clean = sample_picture()
+    clean.save(path, "JPEG", quality=SAMPLE_QUALITY, subsampling="4:2:0")
+    return path, to_tensor(clean)
+
+
+def workflow_for(file_name: str, folder: Path) -> Path:
+    """A copy of the example workflow that loads another file."""
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    (loader,) = [node for node in graph["nodes"] if node["type"] == "LoadJPEG"]
+    loader["widgets_values"][0] = file_name
+    path = folder / WORKFLOW.name
+    path.write_text(json.dumps(graph), encoding="utf-8")
+    return path
+
+
+def restore(server: ComfyUIServer, jpeg: Path) -> Path:
+    """Run the example workflow on a JPEG; returns the picture that SaveImage wrote.
+
+    Raises:
+        ServerError: It failed; the message is what the node said.
+    """
+    name = f"photo{jpeg.suffix.lower()}"
+    shutil.copy(jpeg, server.input / name)
+    run_workflow(server, workflow_for(name, server.base))
+    saved = sorted(server.output.glob("restored*.png"), key=lambda path: path.stat().st_mtime)
+    if not saved:
+        raise ServerError(f"the workflow ended well, but SaveImage wrote nothing to {server.output}.")
+    return saved[-1]
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """(1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)[None].float() / 255
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """The picture of (1, 3, H, W) in [0, 1]."""
+    return Image.fromarray((image[0] * 255).round().byte().movedim(0, -1).contiguous().numpy())
+
+
+def table(before: Tensor, after: Tensor, clean: Tensor | None) -> list[str]:
+    """Lines with PSNR and SSIM, where the clean picture is known, and blockiness, before and after."""
+    rows = []
+    if clean is not None:
+        rows += [("PSNR, dB", "{:.2f}", psnr, "higher is better"), ("SSIM", "{:.4f}", ssim, "higher is better")]
+    if min(before.shape[-2:]) > 8:
+        rows += [("blockiness", "{:.2f}", lambda image, _: 1e4 * blockiness(image), "x 1e-4, lower is better")]
+    lines = [f"{'':12}{'before':>10}{'after':>10}"] if rows else []
+    for name, shape, measure, remark in rows:
+        values = [shape.format(float(measure(image, clean))) for image in (before, after)]
+        lines.append(f"{name:12}{values[0]:>10}{values[1]:>10}   {remark}")
+    return lines
+
+
+def describe(path: Path, jpeg: JPEGData) -> str:
+    """One line about a file: size, sampling, quality."""
+    kind = "" if jpeg.quality.exact else "about "
+    return (
+        f"{path.name}: {jpeg.width}x{jpeg.height}, {path.stat().st_size / 1024:.0f} kB, {jpeg.subsampling}, "
+        f"quality {kind}{jpeg.quality.quality:.0f}"
+    )
+
+
+def demo(image: Path | None) -> None:
+    """All of it.
+
+    Raises:
+        JPEGError: The image is not a JPEG that can be used.
+        ServerError: ComfyUI or a node failed.
+    """
+    started = time.perf_counter()
+    DEMO.mkdir(exist_ok=True)
+    path, clean = (image, None) if image else make_sample()
+    jpeg, pixels = read_jpeg_and_pixels(path)
+    before = apply_orientation(pixels, jpeg.orientation)[None]
+    print(describe(path, jpeg), "\nStarting ComfyUI ...", flush=True)
+    with ComfyUIServer() as server:
+        ready = time.perf_counter()
+        print(f"Ready after {ready - started:.0f} s. Restoring ...", flush=True)
+        shutil.copyfile(restore(server, path), DEMO / "restored.png")
+        restored = time.perf_counter() - ready
+    after = to_tensor(Image.open(DEMO / "restored.png"))
+    before_after(to_picture(before), to_picture(after)).save(DEMO / "before_after.png")
+    print("\n".join(table(before, after, clean)))
+    print(f"Restored in {restored:.1f} s; {time.perf_counter() - started:.1f} s in all.")
+    for name in ("restored.png", "before_after.png"):
+        print(f"Wrote {DEMO / name}")
+
+
+def main() -> int:
+    """The command line; returns the exit status: 2 for a picture that is no JPEG, 1 for a failure, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(description="Restore a JPEG in a real ComfyUI.")
+    parser.add_argument("--image", type=Path, help="a JPEG; by default a sample")
+    try:
+        demo(parser.parse_args().image)
+    except JPEGError as error:
+        print(f"demo: IMAGE must be a JPEG that can be read: {error}.", file=sys.stderr)
+        return 2
+    except ServerError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -129,7 +129,6 @@ def wait_for(condition, seconds: float = 60) -> None:
 def test_nothing_is_written_into_comfyuis_own_folders(server, files_before):
     """Uploads, results and settings of the server stay in its own folder."""
     assert files_of(server.comfyui) == files_before
-    assert any((server.base / "user").iterdir()), "ComfyUI writes its settings; where did it?"
 
 
 def test_workflow_file_is_sound(server):
@@ -168,7 +167,7 @@ def check_widgets(node: dict, info: dict) -> None:
 
 
 def test_demo_writes_its_pictures(server, tmp_path, monkeypatch, capsys):
-    """The sample, and a photo of one's own: both pictures, and a table, which is longer where the clean one is known."""
+    """The sample, and a photo of one's own: both pictures, and a table, longer for the sample."""
     monkeypatch.setattr(demo, "ComfyUIServer", lambda: nullcontext(server))
     monkeypatch.setattr(demo, "DEMO", tmp_path / "demo")
     monkeypatch.setattr(sys, "argv", ["demo.py"])

@@ -1,1 +1,1 @@
-"""The core: JPEG, networks, diffusion and the weights file, in plain PyTorch. It knows nothing of ComfyUI or the trainer."""
+"""The core: JPEG, networks, diffusion and the weights file, in plain PyTorch; it knows of neither ComfyUI nor trainer."""

@@ -86,8 +86,8 @@ def restore_driftrec(
 ) -> Tensor:  # fmt: skip
     """Restore images by sampling from DriftRec.
 
-    Images are restored one by one, so that none depends on its neighbours. The noise is that of the whole image, so that
-    tiles agree: each evaluation of the network is tiled, not the sampling.
+    Images are restored one by one, so that none depends on its neighbours. The noise is that of the whole image, so
+    that tiles agree: each evaluation of the network is tiled, not the sampling.
 
     Args:
         model: The denoiser.

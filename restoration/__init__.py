@@ -1,1 +1,1 @@
-"""The core: JPEG, networks, diffusion and the weights file, in plain PyTorch; it knows of neither ComfyUI nor trainer."""
+"""The core: JPEG, networks, diffusion and the weights file, in plain PyTorch, without ComfyUI or the trainer."""

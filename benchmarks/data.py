@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from collections.abc import Callable
 from datetime import date
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks._common import processor
 from training.data import PairDataset, find_images, scan_images
 from training.degradation import PRESETS, compress
 
@@ -29,8 +29,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     paths = scan_images(find_images(arguments.data or bundled_folder()))[0]
-    processor = _processor()
-    print(f"{date.today()}, {processor}, 1 process, {torch.get_num_threads()} thread, {len(paths)} pictures")
+    print(f"{date.today()}, {processor()}, 1 process, {torch.get_num_threads()} thread, {len(paths)} pictures")
     print("pairs a second; cached: every picture already decoded; cold: a picture decoded for every pair")
     print("| preset | crop | cached | cold | bare encode + decode (Pillow, 4:2:0) |\n|---|---|---|---|---|")
     for preset in PRESETS:
@@ -70,10 +69,3 @@ def _rate(step: Callable[[int], object], seconds: float) -> float:
         step(count)
         count += 1
     return count / elapsed
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -33,8 +33,8 @@ class JPEGCompress(io.ComfyNode):
             node_id="JPEGCompress",
             display_name="Compress to JPEG",
             category="image/restoration",
-            description="Shows images as they look after JPEG compression, once or twice. Nothing is saved. Alpha is "
-            "kept.",
+            description="Shows images as they look after JPEG compression, once or twice. Nothing is saved. Alpha "
+            "is kept.",
             search_aliases=["jpeg artifacts", "jpg compression", "degrade", "compress image", "double jpeg"],
             inputs=[
                 io.Image.Input("image", tooltip="The images to compress, of any size."),
@@ -49,8 +49,8 @@ class JPEGCompress(io.ComfyNode):
                     "subsampling",
                     options=_SUBSAMPLINGS,
                     default="4:2:0",
-                    tooltip="How colour is stored: 4:4:4 in full, 4:2:0 at half the size in both directions, gray not "
-                    "at all.",
+                    tooltip="How colour is stored: 4:4:4 in full, 4:2:0 at half the size in both directions, gray "
+                    "not at all.",
                 ),
                 io.Int.Input(
                     "second_quality",
@@ -68,8 +68,8 @@ class JPEGCompress(io.ComfyNode):
                     max=15,
                     optional=True,
                     advanced=True,
-                    tooltip="With a second compression: pixels by which the first one's block grid lies further left, "
-                    "as if the picture had been cropped in between.",
+                    tooltip="With a second compression: pixels by which the first one's block grid lies further "
+                    "left, as if the picture had been cropped in between.",
                 ),
                 io.Int.Input(
                     "shift_y",
@@ -109,8 +109,7 @@ class JPEGCompress(io.ComfyNode):
 
 
 def _compressed_with_shift(pictures: Tensor, quality: int, subsampling: str, shift_x: int, shift_y: int) -> Tensor:
-    """Pictures (B, 3, H, W) after compression on a block grid that starts `shift` pixels left of and above their "
-    "corner."""
+    """Pictures (B, 3, H, W) compressed on a block grid that starts `shift` pixels left of and above their corner."""
     larger = torch.nn.functional.pad(pictures, (shift_x, 0, shift_y, 0), mode="replicate")
     return crop_to(round_trip(larger, quality, subsampling)[..., shift_y:, shift_x:], tuple(pictures.shape[-2:]))
 

@@ -31,8 +31,8 @@ class DriftRecSample(io.ComfyNode):
             display_name="Restore JPEG with DriftRec",
             category="image/restoration",
             description="Restores JPEG-compressed images by diffusion in pixels (DriftRec). Any size; large images "
-            "run in "
-            "tiles that share one noise field. The same seed gives the same picture. Alpha is returned as it came.",
+            "run in tiles that share one noise field. The same seed gives the same picture. Alpha is returned as it "
+            "came.",
             search_aliases=["jpeg artifact removal", "deblock", "restore jpeg", "jpeg restoration", "remove artifacts"],
             inputs=_inputs(),
             outputs=[
@@ -79,17 +79,16 @@ def _inputs() -> list[io.Input]:
             options=list(SAMPLERS),
             default=_DEFAULTS.sampler,
             tooltip="How the diffusion runs backwards. ode_2m is best at few steps; sde_2m adds texture; "
-            "euler_maruyama is the "
-            "paper's and needs about 100 steps. A regression restorer evaluates its network once and ignores this.",
+            "euler_maruyama is the paper's and needs about 100 steps. A regression restorer evaluates its network "
+            "once and ignores this.",
         ),
         io.Int.Input(
             "steps",
             default=_DEFAULTS.steps,
             min=1,
             max=1000,
-            tooltip="Steps of the sampler, each an evaluation of the network (two with euler_heun). rk45 chooses its "
-            "own. "
-            "Ignored by a regression restorer.",
+            tooltip="Steps of the sampler, each an evaluation of the network (two with euler_heun). rk45 chooses "
+            "its own. Ignored by a regression restorer.",
         ),
         io.Int.Input(
             "seed",
@@ -97,8 +96,8 @@ def _inputs() -> list[io.Input]:
             min=0,
             max=2**64 - 1,
             control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Of the noise. The same seed gives the same picture; another one gives another plausible picture. "
-            "Ignored by a regression restorer.",
+            tooltip="Of the noise. The same seed gives the same picture; another one gives another plausible "
+            "picture. Ignored by a regression restorer.",
         ),
         io.Int.Input(
             "samples",
@@ -106,16 +105,14 @@ def _inputs() -> list[io.Input]:
             min=1,
             max=64,
             tooltip="Restorations that are averaged: 1 keeps the most texture, more come closer to the original on "
-            "average. "
-            "The time grows with it. Ignored by a regression restorer.",
+            "average. The time grows with it. Ignored by a regression restorer.",
         ),
         io.Combo.Input(
             "color",
             options=list(COLOR_CORRECTIONS),
             default=_DEFAULTS.color,
-            tooltip="How colours are brought back to those of the JPEG: mean shifts each channel, adain also matches "
-            "its "
-            "contrast, wavelet takes all coarse tones from the JPEG.",
+            tooltip="How colours are brought back to those of the JPEG: mean shifts each channel, adain also "
+            "matches its contrast, wavelet takes all coarse tones from the JPEG.",
         ),
         JPEGDataSocket.Input(
             "jpeg",
@@ -153,8 +150,7 @@ def _inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="Side of the tiles that larger images are split into, pixels; 0 runs images whole. It is halved "
-            "when memory "
-            "runs out.",
+            "when memory runs out.",
         ),
         io.Int.Input(
             "overlap",
@@ -173,13 +169,12 @@ def _check_family(restorer: Restorer) -> None:
     if not isinstance(restorer, Restorer):
         raise ValueError(
             f"expected a restorer, got {type(restorer).__name__}. Connect the JPEG_RESTORER output of Load JPEG "
-            f"Restorer."
+            "Restorer."
         )
     if not isinstance(restorer.module, ScoreDenoiser | RegressionRestorer):
         raise ValueError(
             f"expected a restorer of the family driftrec or regression, got {restorer.metadata.family} "
-            f"({restorer.name}). "
-            "Choose another file in Load JPEG Restorer, or use the node for that family."
+            f"({restorer.name}). Choose another file in Load JPEG Restorer, or use the node for that family."
         )
 
 
@@ -189,8 +184,8 @@ def _projections(jpegs: Any, pictures: Tensor) -> list[Projection]:
         raise ValueError("expected JPEG_DATA of this pack at the input jpeg. Connect Load JPEG or Compress to JPEG.")
     if len(jpegs) not in (1, len(pictures)):
         raise ValueError(
-            f"expected one JPEG for each of the {len(pictures)} images, or one for all, got {len(jpegs)}. "
-            "Connect the JPEG_DATA that belongs to these images."
+            f"expected one JPEG for each of the {len(pictures)} images, or one for all, got {len(jpegs)}. Connect "
+            "the JPEG_DATA that belongs to these images."
         )
     for jpeg in jpegs:
         _check_size(jpeg, pictures.shape[-2], pictures.shape[-1])
@@ -203,8 +198,8 @@ def _check_size(jpeg: JPEGData, height: int, width: int) -> None:
     if sides != (height, width):
         raise ValueError(
             f"expected images of the size of the JPEG ({jpeg.name}: {sides[1]}x{sides[0]} upright), got "
-            f"{width}x{height}. "
-            "Connect the IMAGE of the same Load JPEG, neither resized nor turned, or disconnect jpeg."
+            f"{width}x{height}. Connect the IMAGE of the same Load JPEG, neither resized nor turned, or disconnect "
+            "jpeg."
         )
 
 

@@ -28,9 +28,8 @@ class LoadJPEG(io.ComfyNode):
             display_name="Load JPEG",
             category="image/restoration",
             description="Loads a JPEG file as a picture, together with what only the file knows: its quantised "
-            "coefficients, "
-            "tables and orientation. The pixels are libjpeg's, as training saw them; Load Image decodes JPEGs "
-            "differently.",
+            "coefficients, tables and orientation. The pixels are libjpeg's, as training saw them; Load Image "
+            "decodes JPEGs differently.",
             search_aliases=["load jpg", "open jpeg", "jpeg quality", "quantization tables", "jpeg loader"],
             inputs=[
                 io.Combo.Input(
@@ -50,8 +49,8 @@ class LoadJPEG(io.ComfyNode):
                 io.Float.Output(
                     "quality",
                     display_name="quality",
-                    tooltip="Quality from 1 to 100, read off the quantisation tables; the nearest one where they are "
-                    "not standard.",
+                    tooltip="Quality from 1 to 100, read off the quantisation tables; the nearest one where they "
+                    "are not standard.",
                 ),
                 io.String.Output("name", display_name="name", tooltip="The file's name without folder and ending."),
             ],
@@ -91,8 +90,8 @@ class LoadJPEGRestorer(io.ComfyNode):
             node_id="LoadJPEGRestorer",
             display_name="Load JPEG Restorer",
             category="model/loaders",
-            description="Loads a network that restores JPEGs, from models/jpeg_restorers or from the weights of this "
-            "pack.",
+            description="Loads a network that restores JPEGs, from models/jpeg_restorers or from the weights of "
+            "this pack.",
             search_aliases=["jpeg model", "artifact removal model", "driftrec", "load restorer", "deblocking"],
             inputs=[
                 io.Combo.Input("restorer", options=restorer_names(), tooltip="A restorer file (.safetensors)."),
@@ -106,14 +105,14 @@ class LoadJPEGRestorer(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="A Stable Diffusion 2.1 model, for restorers that are adapters of it. Others leave it as "
-                    "it is.",
+                    tooltip="A Stable Diffusion 2.1 model, for restorers that are adapters of it. Others leave it "
+                    "as it is.",
                 ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="The VAE of Stable Diffusion 2.1, for restorers that are adapters of it. Others leave it "
-                    "as it is.",
+                    tooltip="The VAE of Stable Diffusion 2.1, for restorers that are adapters of it. Others leave "
+                    "it as it is.",
                 ),
             ],
             outputs=[
@@ -167,8 +166,8 @@ def _input_path(name: str) -> str:
     """
     if not folder_paths.exists_annotated_filepath(name):
         raise JPEGError(
-            f"there is no file {name!r} in ComfyUI's input folder. Choose one from the list, or drop your JPEG on the "
-            f"node."
+            f"there is no file {name!r} in ComfyUI's input folder. Choose one from the list, or drop your JPEG on "
+            "the node."
         )
     path = folder_paths.get_annotated_filepath(name)
     if not os.path.isfile(path):

@@ -19,8 +19,8 @@ def split_image(image: Tensor) -> tuple[Tensor, Tensor | None]:
     if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[-1] not in _LAYOUTS or 0 in image.shape:
         shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(
-            f"expected a batch of at least one image (batch, height, width, 1 to 4 channels), got {shape}. "
-            "Connect the IMAGE output of a node that loads or makes pictures."
+            f"expected a batch of at least one image (batch, height, width, 1 to 4 channels), got {shape}. Connect "
+            "the IMAGE output of a node that loads or makes pictures."
         )
     channels = image.shape[-1]
     colors, alpha = (image[..., :-1], image[..., -1:]) if channels in (2, 4) else (image, None)

@@ -42,8 +42,7 @@ _alive: WeakValueDictionary[tuple[str, int, int, torch.dtype], Restorer] = WeakV
 
 
 def register_restorer_folders() -> None:
-    """List `.safetensors` files of models/jpeg_restorers and of the pack's own weights; the former win on equal "
-    "names."""
+    """List `.safetensors` files of models/jpeg_restorers and of the pack's weights; the former win on equal names."""
     own = os.path.join(folder_paths.models_dir, RESTORER_FOLDER)
     try:
         os.makedirs(own, exist_ok=True)
@@ -72,8 +71,7 @@ def restorer_path(name: str) -> str:
     if path is None:
         raise ValueError(
             f"there is no restorer {name!r} in models/{RESTORER_FOLDER} or in the pack's weights folder. Choose one "
-            f"that is "
-            "listed, or put the .safetensors file there and press R to refresh the list."
+            "that is listed, or put the .safetensors file there and press R to refresh the list."
         )
     return path
 
@@ -182,8 +180,7 @@ def preview_picture(picture: Tensor, size: int) -> Image.Image:
 
 
 def each_chunk(function: Callable[[Tensor], Tensor], pictures: Tensor, pixels: int) -> list[Tensor]:
-    """`function` on parts of a batch (B, C, H, W), each of about `pixels` pixels and at least one picture; "
-    "interruptible."""
+    """`function` on parts of a batch (B, C, H, W), each at least a picture and about `pixels` pixels; interruptible."""
     length = max(1, pixels // (pictures.shape[-2] * pictures.shape[-1]))
     results = []
     for chunk in pictures.split(length):

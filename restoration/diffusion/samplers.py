@@ -195,20 +195,21 @@ def sample_rk45(
     evaluate = _Evaluations(denoise, degraded, 0, callback)
     start = prior_sample(sde, degraded, noise)
 
-    def field(t: float, flat: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(flat).to(start).reshape(start.shape)
-        return _reverse_drift(evaluate, sde, x, degraded, t, score_weight=0.5).double().cpu().numpy().ravel()
+    def to_host(x: Tensor) -> np.ndarray:
+        return x.cpu().double().numpy().ravel()  # in this order: not every device knows double precision
 
-    initial = (
-        start.double().cpu().numpy().ravel() if start.device.type != "mps" else start.cpu().double().numpy().ravel()
+    def to_device(flat: np.ndarray) -> Tensor:
+        return torch.from_numpy(flat.astype(np.float32)).to(start.device).reshape(start.shape)
+
+    def field(t: float, flat: np.ndarray) -> np.ndarray:
+        return to_host(_reverse_drift(evaluate, sde, to_device(flat), degraded, t, score_weight=0.5))
+
+    solution = solve_ivp(
+        field, (1.0, t_eps), to_host(start), method="RK45", rtol=tolerance, atol=tolerance, t_eval=[t_eps]
     )
-    solution = solve_ivp(field, (1.0, t_eps), initial, method="RK45", rtol=tolerance, atol=tolerance, t_eval=[t_eps])
     if not solution.success:
-        raise RuntimeError(
-            f"RK45 sampler: the solver gave up ({solution.message}). Raise the tolerance from {tolerance}."
-        )
-    x = torch.from_numpy(solution.y[:, -1]).to(start).reshape(start.shape)
-    return evaluate(x, t_eps)
+        raise ValueError(f"rk45: the solver gave up ({solution.message}). Raise the tolerance from {tolerance:g}.")
+    return evaluate(to_device(solution.y[:, -1]), t_eps)
 
 
 def _reverse_drift(

@@ -199,7 +199,7 @@ def sample_rk45(
         return x.cpu().double().numpy().ravel()  # in this order: not every device knows double precision
 
     def to_device(flat: np.ndarray) -> Tensor:
-        return torch.from_numpy(flat.astype(np.float32)).to(start.device).reshape(start.shape)
+        return torch.from_numpy(flat).to(start.dtype).to(start.device).reshape(start.shape)
 
     def field(t: float, flat: np.ndarray) -> np.ndarray:
         return to_host(_reverse_drift(evaluate, sde, to_device(flat), degraded, t, score_weight=0.5))

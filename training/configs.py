@@ -152,7 +152,13 @@ class RegressionConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/regression")))
 
 
-_STARTER_NETWORK = {"width": 32, "channel_multipliers": (1, 2, 2, 2), "attention_levels": (), "patch_size": 2}
+_STARTER_NETWORK = {
+    "width": 32,
+    "channel_multipliers": (1, 2, 2, 2),
+    "attention_levels": (),
+    "patch_size": 2,
+    "fourier_scale": 1.0,
+}
 _STARTER_DATA = DataConfig(
     crop=64, augmentation="crop", flips=True, rotations=True, downscale=(1.0, 2.0), degradation=jpeg.PRESETS["wide"],
     cache_mb=1000,

@@ -95,8 +95,8 @@ def place_weights(network: NCSNpp, tensors: dict[str, Tensor]) -> None:
     """Load weights, also those of a regression network into a score network of the same shape.
 
     The regression sees y, the score network [x_t, y]: where a side of a tensor has the score network's image channels,
-    the given values take its last places, which belong to y, and zeros the others. The score network then starts as
-    the regression.
+    the given values take its last places, which belong to y, and zeros the others. The score network keeps its own
+    frequencies of the noise level: at sigma = 1 they do not matter, and there it starts as the regression.
 
     Raises:
         RestorerFileError: The networks differ in more than that.
@@ -108,9 +108,12 @@ def place_weights(network: NCSNpp, tensors: dict[str, Tensor]) -> None:
             f"the file to start from has another network: {differing[0]} is in one of the two only."
         )
     patch = network.config.patch_size**2
-    may_grow = {(3 * patch, 6 * patch)} if network.config.in_channels == 6 else set()
+    grows = tensors["output_layer.weight"].shape[1] == 3 * patch and network.config.in_channels == 6
+    may_grow = {(3 * patch, 6 * patch)} if grows else set()
     for key, target in state.items():
         given = tensors[key].to(target.dtype)
+        if grows and key == "all_modules.0.W":
+            continue
         sides = list(zip(given.shape, target.shape, strict=False))
         if given.dim() != target.dim() or any(g != t and (g, t) not in may_grow for g, t in sides):
             raise RestorerFileError(

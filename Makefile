@@ -26,7 +26,7 @@ lint: setup  ## ruff and pyright
 	@$(VENV_PYTHON) -m pyright
 
 bench: setup  ## all benchmarks; one of them: .venv/bin/python -m benchmarks NAME
-	@for name in codec data samplers; do $(VENV_PYTHON) -m benchmarks $$name || exit 1; done
+	@for name in codec data restorers samplers; do $(VENV_PYTHON) -m benchmarks $$name || exit 1; done
 
 clean:  ## remove what setup and demo made
 	rm -rf .venv .comfyui demo

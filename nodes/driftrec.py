@@ -128,7 +128,8 @@ def _inputs() -> list[io.Input]:
             round=0.0001,
             optional=True,
             advanced=True,
-            tooltip="The time at which sampling ends: smaller keeps finer texture, larger is smoother.",
+            tooltip="The time at which sampling ends: smaller keeps finer texture, larger is smoother. Not below "
+            "the one that the restorer was trained with (0.01 for the starters).",
         ),
         io.Float.Input(
             "tolerance",
@@ -194,11 +195,10 @@ def _projections(jpegs: Any, pictures: Tensor) -> list[Projection]:
 
 
 def _check_size(jpeg: JPEGData, height: int, width: int) -> None:
-    sides = (jpeg.height, jpeg.width) if jpeg.orientation < 5 else (jpeg.width, jpeg.height)
-    if sides != (height, width):
+    if (jpeg.upright_height, jpeg.upright_width) != (height, width):
         raise ValueError(
-            f"expected images of the size of the JPEG ({jpeg.name}: {sides[1]}x{sides[0]} upright), got "
-            f"{width}x{height}. Connect the IMAGE of the same Load JPEG, neither resized nor turned, or disconnect "
+            f"expected images of the size of the JPEG {jpeg.name}, {jpeg.upright_width}x{jpeg.upright_height} upright, "
+            f"got {width}x{height}. Connect the IMAGE of the same Load JPEG, neither resized nor turned, or disconnect "
             "jpeg."
         )
 

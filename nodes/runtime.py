@@ -162,7 +162,7 @@ class ProgressReport:
         mm.throw_exception_if_processing_interrupted()
         now = time.monotonic()
         preview = None
-        if now - self._last_preview >= _SECONDS_BETWEEN_PREVIEWS:
+        if progress.preview is not None and now - self._last_preview >= _SECONDS_BETWEEN_PREVIEWS:
             self._last_preview = now
             preview = ("JPEG", preview_picture(progress.preview, args.preview_size), args.preview_size)
         self.bar.update_absolute(round(progress.fraction * _PROGRESS_UNITS), preview=preview)

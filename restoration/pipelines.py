@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,14 +41,15 @@ class Progress:
 
     Args:
         fraction: Done, from 0 to 1.
-        preview: The present prediction of the image at work, (1, 3, H, W).
+        preview: The present prediction of the image at work, (1, 3, H, W); None between two of its tiles.
     """
 
     fraction: float
-    preview: Tensor
+    preview: Tensor | None
 
 
 OnProgress = Callable[[Progress], None]
+_Report = Callable[[float, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,25 @@ def restore_driftrec(
         settings: How to sample.
         compute: Where the network runs, and how large images are split.
         projections: One for each image: applied to every data prediction and to the result.
-        on_progress: Called after each evaluation.
+        on_progress: Called after each tile and each evaluation; the last fraction is 1.
 
     Returns:
         (B, 3, H, W) float32 in [0, 1] in whole 8-bit levels, rounded.
+
+    Raises:
+        ValueError: t_eps lies below the times that were trained, or the network returned something that is no number.
     """
+    if settings.t_eps < model.smallest_time:
+        raise ValueError(
+            f"expected t_eps of at least {model.smallest_time:g}, from where on this restorer was trained, "
+            f"got {settings.t_eps:g}."
+        )
     compute = compute or Compute()
     results = []
     for index, image in enumerate(images.float().split(1)):
         projection = projections[index] if projections else None
 
-        def report(done: float, preview: Tensor, index: int = index) -> None:
-            if on_progress is not None:
-                on_progress(Progress((index + done) / len(images), preview))
-
+        report = _part_of(on_progress, index, len(images))
         restored = _average_of_samples(model, image, settings, compute, projection, report)
         restored = COLOR_CORRECTIONS[settings.color](restored, image)
         results.append(restored if projection is None else projection(restored.clamp(0, 1)))
@@ -123,28 +130,42 @@ def restore_regression(
     compute = compute or Compute()
     results = []
     for index, image in enumerate(images.float().split(1)):
+        report = _part_of(on_progress, index, len(images))
         padded, size = pad_to_multiple(image, _multiple(model, compute))
-        restored = crop_to(_tiled(model, compute, (padded,)), size)
+        evaluated = _tiled(model, compute, (padded,), lambda part, report=report: report(part, None))
+        restored = crop_to(evaluated, size)
         restored = COLOR_CORRECTIONS[color](restored, image)
         results.append(projections[index](restored.clamp(0, 1)) if projections else restored)
-        if on_progress is not None:
-            on_progress(Progress((index + 1) / len(images), results[-1]))
+        report(1.0, results[-1])
     return to_8bit(torch.cat(results))
 
 
 def to_8bit(images: Tensor) -> Tensor:
-    """Round to whole 8-bit levels and clip; ComfyUI's SaveImage, which truncates, then changes nothing."""
+    """Round to whole 8-bit levels and clip; ComfyUI's SaveImage, which truncates, then changes nothing.
+
+    Raises:
+        ValueError: The images hold something that is no number.
+    """
+    if not bool(images.isfinite().all()):
+        raise ValueError("the network returned something that is no number. Load the restorer as bf16 or fp32.")
     return (images * 255).round().clamp(0, 255) / 255
 
 
 def _average_of_samples(
     model: ScoreDenoiser, image: Tensor, settings: DriftRecSettings, compute: Compute, projection: Projection | None,
-    report: Callable[[float, Tensor], None],
+    report: _Report,
 ) -> Tensor:  # fmt: skip
     padded, size = pad_to_multiple(image, _multiple(model, compute))
+    planned = SAMPLERS[settings.sampler].evaluations(settings.steps)
+    finished = 0  # evaluations of the present sample
+
+    def report_evaluation(done: float, preview: Tensor | None) -> None:
+        part = done / planned if planned else 1 - math.exp(-done / 40)
+        report((number + min(part, 1.0)) / settings.samples, preview)
 
     def denoise(x: Tensor, degraded: Tensor, t: float) -> Tensor:
-        return _tiled(lambda x, degraded: model(x, degraded, t), compute, (x, degraded))
+        evaluate = partial(model, t=t)
+        return _tiled(evaluate, compute, (x, degraded), lambda part: report_evaluation(finished + part, None))
 
     def project_padded(prediction: Tensor) -> Tensor:
         assert projection is not None
@@ -155,26 +176,46 @@ def _average_of_samples(
     total = torch.zeros_like(image)
     for number in range(settings.samples):
 
-        def callback(step: SamplerStep, number: int = number) -> None:
-            done = step.index / step.total if step.total else 1 - math.exp(-step.index / 40)
-            report((number + done) / settings.samples, crop_to(step.denoised, size))
+        def callback(step: SamplerStep) -> None:
+            nonlocal finished
+            finished = step.index
+            report_evaluation(finished, crop_to(step.denoised, size))
 
+        finished = 0
         noise = NoiseSource(_generator(settings.seed, number))
         restored = sample(
             settings.sampler, denoiser, model.sde, padded, noise, steps=settings.steps, tolerance=settings.tolerance,
             t_eps=settings.t_eps, callback=callback,
         )  # fmt: skip
         total += crop_to(restored, size).clamp(0, 1)
+        report((number + 1) / settings.samples, total / (number + 1))
     return total / settings.samples
 
 
-def _tiled(function: Callable[..., Tensor], compute: Compute, tensors: tuple[Tensor, ...]) -> Tensor:
+def _part_of(on_progress: OnProgress | None, index: int, images: int) -> _Report:
+    """Reports the progress of one image of a batch as that of the batch."""
+
+    def report(done: float, preview: Tensor | None) -> None:
+        if on_progress is not None:
+            on_progress(Progress((index + done) / images, preview))
+
+    return report
+
+
+def _tiled(
+    function: Callable[..., Tensor], compute: Compute, tensors: tuple[Tensor, ...], on_part: Callable[[float], None]
+) -> Tensor:
     home = tensors[0].device
 
     def on_device(*tiles: Tensor) -> Tensor:
         return function(*(tile.to(compute.device) for tile in tiles)).to(home)
 
-    return compute.tiler(on_device, *tensors, on_tile=lambda done, total: compute.check())
+    def on_tile(done: int, total: int) -> None:
+        compute.check()
+        if done < total:
+            on_part(done / total)
+
+    return compute.tiler(on_device, *tensors, on_tile=on_tile)
 
 
 def _multiple(model: ScoreDenoiser | RegressionRestorer, compute: Compute) -> int:

@@ -15,6 +15,9 @@ from .diffusion.sde import make_sde
 from .networks.ncsnpp import NCSNpp, NCSNppConfig
 from .restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, load_part
 
+_WIDEST = 4096
+_MOST_LEVELS = 10
+
 Restorer = ScoreDenoiser | RegressionRestorer
 """Modules with a `network` and a `compute_dtype`."""
 
@@ -60,14 +63,25 @@ def load_weights(restorer: Restorer, file: RestorerFile, *, assign: bool = False
 
 
 def _build_driftrec(config: dict[str, Any], factory: dict[str, Any]) -> ScoreDenoiser:
-    parameters = {key: config["sde"][key] for key in ("sigma_min", "sigma_max", "gamma")}
-    network = NCSNpp(NCSNppConfig(**config["network"]), **factory)
-    return ScoreDenoiser(network, make_sde(config["sde"]["name"], **parameters), Prediction(**config["prediction"]))
+    parameters = {key: float(config["sde"][key]) for key in ("sigma_min", "sigma_max", "gamma")}
+    network = _build_ncsnpp(config["network"], 6, factory)
+    sde = make_sde(config["sde"]["name"], **parameters)
+    return ScoreDenoiser(network, sde, Prediction(**config["prediction"]), float(config["sde"].get("t_eps", 0.0)))
 
 
 def _build_regression(config: dict[str, Any], factory: dict[str, Any]) -> RegressionRestorer:
-    network = NCSNpp(NCSNppConfig(**config["network"]), **factory)
-    return RegressionRestorer(network, config["residual_scale"], config["noise_level"])
+    network = _build_ncsnpp(config["network"], 3, factory)
+    level = config["noise_level"]
+    return RegressionRestorer(network, float(config["residual_scale"]), None if level is None else float(level))
+
+
+def _build_ncsnpp(config: dict[str, Any], in_channels: int, factory: dict[str, Any]) -> NCSNpp:
+    parsed = NCSNppConfig(**config)
+    if (parsed.in_channels, parsed.out_channels) != (in_channels, 3):
+        raise ValueError(f"{parsed.in_channels} channels in and {parsed.out_channels} out, not {in_channels} and 3")
+    if parsed.width * max(parsed.channel_multipliers) > _WIDEST or len(parsed.channel_multipliers) > _MOST_LEVELS:
+        raise ValueError(f"a network of width {parsed.width} and levels {parsed.channel_multipliers} is no restorer")
+    return NCSNpp(parsed, **factory)
 
 
 @dataclass(frozen=True)

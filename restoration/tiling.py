@@ -15,8 +15,8 @@ MINIMUM_TILE = 128
 class TileGrid:
     """Where the tiles of a picture start, and how they are blended.
 
-    `height` and `width` must be multiples of `align` (see `pad_to_multiple`); `tile` and `overlap` are rounded down to
-    multiples of it, `tile` 0 means whole. All starts are multiples of `align` and all tiles have one size
+    `height` and `width` must be multiples of `align` (see `pad_to_multiple`); `tile` is rounded down and `overlap` up
+    to multiples of it, `tile` 0 means whole. All starts are multiples of `align` and all tiles have one size
     (`tile_height`, `tile_width`): the last of an axis is moved back to end at the border. Neighbours share at least
     `overlap` pixels.
     """
@@ -27,9 +27,9 @@ class TileGrid:
         if tile < 0 or overlap < 0:
             raise ValueError(f"tile and overlap must not be negative, got {tile} and {overlap}")
         tile = max(tile // align, 1) * align if tile else max(height, width)
-        overlap = overlap // align * align
         if overlap > tile // 2 and tile < max(height, width):
             raise ValueError(f"overlap must be at most half the tile ({tile}), got {overlap}")
+        overlap = min(-(-overlap // align), tile // 2 // align) * align
         self.tile_height, self.tile_width = min(tile, height), min(tile, width)
         self.tops = _starts(height, self.tile_height, overlap)
         self.lefts = _starts(width, self.tile_width, overlap)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from restoration.devices import accelerator_available
 from tools.setup_env import ROOT
 
 Prompt = dict[str, dict[str, Any]]
@@ -57,7 +58,7 @@ class ComfyUI:
         comfy.options.enable_args_parsing(False)
         from comfy.cli_args import args
 
-        args.cpu = not _has_accelerator()  # before anything else of ComfyUI is imported
+        args.cpu = not accelerator_available()  # before anything else of ComfyUI is imported
         args.base_directory = str(base)
         import comfy.utils
         import execution
@@ -134,9 +135,3 @@ class ComfyUI:
         for name in ("nodes_images.py", "nodes_image_compare.py"):
             assert await self.nodes.load_custom_node(str(folder / name), module_parent="comfy_extras")
         assert await self.nodes.load_custom_node(str(ROOT)), "ComfyUI could not import the pack; see the log above"
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.cuda.is_available() or torch.backends.mps.is_available()

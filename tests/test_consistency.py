@@ -63,6 +63,16 @@ def test_orientation_is_undone_first_and_applied_again() -> None:
     assert torch.equal(clamp_to_cells(upright, turned), apply_orientation(clamp_to_cells(blurred(clean), jpeg), 6))
 
 
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0", "gray"])
+def test_strips_give_what_the_whole_picture_gives(subsampling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large pictures are clamped strip by strip, to bound memory."""
+    clean = photograph(121, 83)
+    jpeg = read_jpeg(encode_with_pillow(clean[0], 20, subsampling), name="a.jpg")
+    whole = clamp_to_cells(blurred(clean), jpeg)
+    monkeypatch.setattr("restoration.jpeg.consistency._PIXELS_AT_ONCE", 83 * 32)
+    assert (clamp_to_cells(blurred(clean), jpeg) - whole).abs().max() < 1e-6
+
+
 def test_another_size_is_refused_in_one_sentence() -> None:
     jpeg = read_jpeg(encode_with_pillow(photograph(64, 96)[0], 20), name="cat.jpg")
     with pytest.raises(ValueError, match=r"expected images of the JPEG's size, 96x64, got 32x32.*cat\.jpg"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import weakref
 from pathlib import Path
@@ -61,6 +60,8 @@ def test_landed_schemas_never_change(fresh):
             assert set(recorded.pop("options", [])) <= set(options), (name, now["id"])
             assert recorded == now, name
         assert len(present[name]["inputs"]) >= len(node["inputs"])
+        added = present[name]["inputs"][len(node["inputs"]) :]
+        assert all(one["optional"] for one in added), f"{name}: required inputs come before the optional widgets"
 
 
 def test_everything_has_a_tooltip_and_a_help_page(fresh):
@@ -235,6 +236,8 @@ def test_24_megapixels_in_bounded_memory(fresh):
     assert result.success, result.error
     assert tuple(result.outputs(sample)[0].shape) == (1, 4000, 6000, 3)
     unit = 1 if sys.platform == "darwin" else 1024
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f"peak {peak / 2**30:.2f} GB")
     assert peak < 4 << 30

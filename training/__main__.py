@@ -26,9 +26,18 @@ def main() -> int:
             print(f"\nexpected a command of the list, got {sys.argv[1]!r}.", file=sys.stderr)
         return 0 if asked_for_help else 2
     command, arguments = sys.argv[1], sys.argv[2:]
-    from restoration.restorer_file import RestorerFileError
+    try:
+        return _run(command, arguments)
+    except ModuleNotFoundError as error:
+        print(
+            f"training {command}: {error}. Install what the trainer needs: pip install -e '.[training]'",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _run(command: str, arguments: list[str]) -> int:
     from training.checkpoint import CheckpointError
-    from training.config_files import ConfigError
     from training.loop import TrainingStoppedError
     from training.run_folder import RunFolderError
 
@@ -39,16 +48,8 @@ def main() -> int:
             convert(arguments)
         else:
             _train(command, arguments)
-    except (
-        ValueError,
-        FileNotFoundError,
-        ConfigError,
-        RestorerFileError,
-        CheckpointError,
-        TrainingStoppedError,
-        RunFolderError,
-    ) as e:
-        print(f"training {command}: {e}", file=sys.stderr)
+    except (ValueError, FileNotFoundError, CheckpointError, TrainingStoppedError, RunFolderError) as error:
+        print(f"training {command}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from restoration.devices import accelerator_available
 from training.checkpoint import Average, read_checkpoint, write_checkpoint
 from training.configs import DataConfig, OptimizerConfig, RunConfig
 from training.data import IndexSampler, PairDataset, make_loader
@@ -46,9 +47,10 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.task, self.dataset, self.data, self.optimizer_config, self.run_config = task, dataset, data, optimizer, run
         self.folder, self.validate, self.validate_every = folder, validate, validate_every
-        self.accelerator = Accelerator(mixed_precision=run.precision, cpu=on_cpu())
+        self.accelerator = Accelerator(mixed_precision=run.precision, cpu=not accelerator_available())
         self.images = 0
         self.stop_asked = False
+        self._scaler_state: dict[str, Any] | None = None
         share = self.accelerator.num_processes * run.accumulate
         if run.batch % share:
             raise ValueError(
@@ -57,19 +59,26 @@ class Trainer:
             )
 
     def train(self) -> None:
-        """Run to the end, from the last checkpoint where there is one; saves and returns early on SIGTERM.
+        """Run to the end, from the last checkpoint where there is one; saves and returns early on SIGTERM or Ctrl-C.
 
         Raises:
             TrainingStoppedError: The loss or the gradient is no number.
             CheckpointError: A checkpoint cannot be written or read.
         """
         self._prepare()
-        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_asked", True))
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._loop()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             self.folder.close()
+
+    def _ask_to_stop(self, number: int, _: object) -> None:
+        """The first signal lets the step end and saves; a second Ctrl-C stops at once."""
+        if self.stop_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_asked = True
 
     def _prepare(self) -> None:
         self.task.model.to(self.accelerator.device)
@@ -80,12 +89,15 @@ class Trainer:
         if self.folder.checkpoint.exists():
             self._restore(read_checkpoint(self.folder.checkpoint), optimizer)
         self.model, self.optimizer = self.accelerator.prepare(self.task.model, optimizer)
+        if self.accelerator.scaler is not None and self._scaler_state is not None:
+            self.accelerator.scaler.load_state_dict(self._scaler_state)
 
     def _restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         self.task.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         self.images = int(state["images"])
+        self._scaler_state = state.get("scaler")
         self.folder.say(f"going on from {self.folder.checkpoint} at {self.images} images")
 
     def _loop(self) -> None:
@@ -141,7 +153,8 @@ class Trainer:
             total += self._backward(batch, generator, last=number == len(micro_batches) - 1) / len(micro_batches)
         norm = self._clip(micro_batches)
         self.optimizer.step()
-        self.average.update(self.task.model)
+        if not self.optimizer.step_was_skipped:  # as fp16's loss scaling does when it overflows
+            self.average.update(self.task.model)
         return {"loss": total, "gradient_norm": norm, "learning_rate": learning_rate}
 
     def _backward(self, batch: dict[str, Any], generator: torch.Generator, *, last: bool) -> float:
@@ -222,6 +235,7 @@ class Trainer:
                 "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "images": self.images,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             }
             write_checkpoint(self.folder.checkpoint, state)
         self.accelerator.wait_for_everyone()
@@ -231,8 +245,3 @@ class Trainer:
             return self.stop_asked
         asked = torch.tensor([int(self.stop_asked)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum"))
-
-
-def on_cpu() -> bool:
-    """Whether there is no accelerator; accelerate joins several processes on CPUs only when it is told so."""
-    return not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())

@@ -79,7 +79,7 @@ class RunFolder:
     def _compare(self, before: dict[str, Any]) -> None:
         now = _flat({"command": self.command, **to_plain(self.config)})
         then = _flat(before)
-        changed = [key for key in now if now[key] != then.get(key) and not key.startswith(_MAY_CHANGE)]
+        changed = [key for key in now if now[key] != then.get(key, now[key]) and not key.startswith(_MAY_CHANGE)]
         if changed:
             listed = ", ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed[:4])
             raise RunFolderError(

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from restoration.devices import accelerator_available
 from restoration.restorer_file import read_restorer
 from training.config_files import to_yaml
 from training.configs import DriftRecConfig, RegressionConfig
 from training.data import PairDataset, find_images, scan_images
-from training.loop import Trainer, on_cpu
+from training.loop import Trainer
 from training.run_folder import RunFolder
 from training.trainers.score import DriftRecTask, RegressionTask
 from training.trainers.task import Task
@@ -32,7 +33,8 @@ class Session:
 
     def __init__(self, command: str, config: DriftRecConfig | RegressionConfig) -> None:
         self.command, self.config = command, config
-        self.state = PartialState(cpu=on_cpu())
+        _check_crops(config)
+        self.state = PartialState(cpu=not accelerator_available())
         self._say(f"looking at the pictures in {config.data.train} ...")
         self.training, self.broken = _readable(config.data.train)
         if config.data.validation is None:
@@ -77,7 +79,9 @@ class Session:
         folder = RunFolder(
             config.run.output, self.command, config, main=self.state.is_main_process, provenance=provenance
         )
-        validation = Validation(config.validation, self.validation, folder.show, folder.say)
+        validation = Validation(
+            config.validation, self.validation, config.network.size_multiple, folder.show, folder.say
+        )
         trainer = Trainer(
             self.task, dataset, data, config.optimizer, config.run, folder,
             lambda images: validation(self.task, images), config.validation.every,
@@ -89,6 +93,13 @@ class Session:
     def _say(self, text: str) -> None:
         if self.state.is_main_process:
             print(text, flush=True)
+
+
+def _check_crops(config: DriftRecConfig | RegressionConfig) -> None:
+    multiple = config.network.size_multiple
+    for name, crop in (("data.crop", config.data.crop), ("validation.crop", config.validation.crop)):
+        if crop < multiple or crop % multiple:
+            raise ValueError(f"{name}: expected a multiple of {multiple}, which this network needs, got {crop}.")
 
 
 def _make_task(config: DriftRecConfig | RegressionConfig) -> Task:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from restoration import metrics
 from restoration.lpips import load_lpips_squeeze
 from training.configs import ValidationConfig
-from training.data import load_image
+from training.data import DECODE_ERRORS, load_image
 from training.degradation import compress
 from training.trainers.task import Task
 
@@ -35,7 +36,8 @@ class Validation:
 
     Args:
         config: Which qualities, how many pictures, how large.
-        paths: The validation pictures.
+        paths: The validation pictures; those that cannot be decoded are named and left out.
+        size_multiple: Sides of the crops are multiples of this, as the network needs.
         show: Takes the images seen and the grid (3, H, W).
         say: Prints the table.
     """
@@ -44,12 +46,26 @@ class Validation:
         self,
         config: ValidationConfig,
         paths: Sequence[Path],
+        size_multiple: int,
         show: Callable[[int, Tensor], None],
         say: Callable[[str], None],
     ) -> None:
         self.config, self.show, self.say = config, show, say
-        self.pictures = [_centre(load_image(path), config.crop) for path in list(paths)[: config.images]]
+        self.pictures = [_centre(picture, config.crop, size_multiple) for picture in self._decoded(paths)]
         self.lpips = load_lpips_squeeze(config.lpips) if config.lpips else None
+
+    def _decoded(self, paths: Sequence[Path]) -> list[np.ndarray]:
+        pictures: list[np.ndarray] = []
+        for path in paths:
+            if len(pictures) == self.config.images:
+                break
+            try:
+                pictures.append(load_image(path))
+            except DECODE_ERRORS as error:
+                self.say(f"validation leaves out {path}, which cannot be decoded: {error}")
+        if not pictures:
+            raise ValueError(f"none of the {len(paths)} validation pictures can be decoded, e.g. {paths[0]}")
+        return pictures
 
     def __call__(self, task: Task, images: int) -> dict[str, float]:
         """The mean of each measure at each quality, as `psnr/qf10`, the JPEG's own as `jpeg_psnr/qf10`."""
@@ -71,7 +87,9 @@ class Validation:
                 ):
                     rows.append(torch.cat([degraded, restored, clean], dim=-1))
         figures = {key: value / len(self.pictures) for key, value in figures.items()}
-        self.show(images, torch.cat(rows, dim=-2)[0])
+        widest = max(row.shape[-1] for row in rows)
+        grid = torch.cat([F.pad(row, (0, widest - row.shape[-1])) for row in rows], dim=-2)
+        self.show(images, grid[0])
         self.say(self._table(figures, images))
         return figures
 
@@ -99,10 +117,10 @@ class Validation:
         return "\n".join(lines)
 
 
-def _centre(picture: np.ndarray, side: int) -> np.ndarray:
-    """The square in the middle, at least as large as the picture's shorter side allows in multiples of 16."""
+def _centre(picture: np.ndarray, side: int, multiple: int) -> np.ndarray:
+    """The square in the middle, in multiples of `multiple`, as large as wanted or as the picture allows."""
     height, width = picture.shape[:2]
-    side = max(16, min(side, height // 16 * 16, width // 16 * 16))
+    side = max(multiple, min(side, height, width) // multiple * multiple)
     picture = np.pad(picture, ((0, max(0, side - height)), (0, max(0, side - width)), (0, 0)), mode="edge")
     top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
     window = picture[top : top + side, left : left + side]

@@ -70,10 +70,12 @@ class ScoreDenoiser(nn.Module):
         network: Takes (B, 6, H, W) and the noise levels (B,), returns (B, 3, H, W).
         sde: The SDE it was trained on.
         prediction: What its output means.
+        smallest_time: The smallest time it was trained at.
     """
 
-    def __init__(self, network: NCSNpp, sde: SDE, prediction: Prediction) -> None:
+    def __init__(self, network: NCSNpp, sde: SDE, prediction: Prediction, smallest_time: float = 0.0) -> None:
         super().__init__()
+        self.smallest_time = smallest_time
         self.network, self.sde, self.prediction = network, sde, prediction
         self.compute_dtype = torch.float32
 

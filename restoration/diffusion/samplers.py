@@ -164,10 +164,11 @@ def sample_euler_heun(
     It takes two evaluations a step. Where the second would lie at or before t = 0, the step is one of Euler-Maruyama.
     """
     h = 1.0 / steps
-    evaluate = _Evaluations(denoise, degraded, 0, callback)
+    times = [float(t) for t in np.linspace(1.0, t_eps, steps)]
+    evaluate = _Evaluations(denoise, degraded, steps + sum(t > h for t in times), callback)
     x = prior_sample(sde, degraded, noise)
     mean = x
-    for t in (float(t) for t in np.linspace(1.0, t_eps, steps)):
+    for t in times:
         drift = _reverse_drift(evaluate, sde, x, degraded, t)
         dw = h**0.5 * noise.normal(x)
         if t - h <= 0:
@@ -225,28 +226,30 @@ class SamplerKind:
     """A row of the table of samplers.
 
     Args:
-        title: What people read.
         run: The sampler.
         settings: Fixed arguments of this row.
         by_tolerance: The sampler takes a tolerance, not a number of steps.
         evaluations_per_step: Evaluations of the network in each step.
     """
 
-    title: str
     run: Callable[..., Tensor]
     settings: dict[str, float]
     by_tolerance: bool = False
     evaluations_per_step: int = 1
 
+    def evaluations(self, steps: int) -> int:
+        """How often the network is evaluated at most; 0 where that is not known before."""
+        return 0 if self.by_tolerance else steps * self.evaluations_per_step
+
 
 SAMPLERS: dict[str, SamplerKind] = {
-    "ode_2m": SamplerKind("ODE-2M", sample_multistep, {"eta": 0.0, "order": 2}),
-    "sde_2m": SamplerKind("SDE-2M", sample_multistep, {"eta": 1.0, "order": 2}),
-    "ode_1": SamplerKind("ODE-1 (DDIM)", sample_multistep, {"eta": 0.0, "order": 1}),
-    "sde_1": SamplerKind("SDE-1 (posterior sampling)", sample_multistep, {"eta": 1.0, "order": 1}),
-    "euler_maruyama": SamplerKind("Euler-Maruyama", sample_euler_maruyama, {}),
-    "euler_heun": SamplerKind("Euler-Heun", sample_euler_heun, {}, evaluations_per_step=2),
-    "rk45": SamplerKind("RK45", sample_rk45, {}, by_tolerance=True),
+    "ode_2m": SamplerKind(sample_multistep, {"eta": 0.0, "order": 2}),
+    "sde_2m": SamplerKind(sample_multistep, {"eta": 1.0, "order": 2}),
+    "ode_1": SamplerKind(sample_multistep, {"eta": 0.0, "order": 1}),
+    "sde_1": SamplerKind(sample_multistep, {"eta": 1.0, "order": 1}),
+    "euler_maruyama": SamplerKind(sample_euler_maruyama, {}),
+    "euler_heun": SamplerKind(sample_euler_heun, {}, evaluations_per_step=2),
+    "rk45": SamplerKind(sample_rk45, {}, by_tolerance=True),
 }
 
 

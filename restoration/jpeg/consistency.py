@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from .codec import image_to_dct, inverse_dct, rgb_to_ycbcr, ycbcr_to_rgb
+from .codec import Coefficients, image_to_dct, inverse_dct, rgb_to_ycbcr, ycbcr_to_rgb
 from .file import JPEGData, apply_orientation, undo_orientation
 from .sampling import component_ratios
+
+_PIXELS_AT_ONCE = 1_000_000
 
 
 def clamp_to_cells(images: Tensor, jpeg: JPEGData) -> Tensor:
@@ -29,14 +33,33 @@ def clamp_to_cells(images: Tensor, jpeg: JPEGData) -> Tensor:
     """
     stored = undo_orientation(images, jpeg.orientation)
     if stored.shape[-2:] != (jpeg.height, jpeg.width):
-        upright = (jpeg.height, jpeg.width) if jpeg.orientation < 5 else (jpeg.width, jpeg.height)
         raise ValueError(
-            f"expected images of the JPEG's size, {upright[1]}x{upright[0]}, "
+            f"expected images of the JPEG's size, {jpeg.upright_width}x{jpeg.upright_height}, "
             f"got {images.shape[-1]}x{images.shape[-2]}. "
             f"Connect the picture that was restored from {jpeg.name}, without resizing it."
         )
-    coefficients = jpeg.coefficients.to(images.device)
-    blocks = image_to_dct(stored, coefficients.sampling, color_space=coefficients.color_space, round_to_8bit=False)
+    projected = torch.empty_like(stored)
+    tallest = max(vertical for _, vertical in component_ratios(jpeg.coefficients.sampling))
+    rows = max(1, _PIXELS_AT_ONCE // (jpeg.width * 8 * tallest)) * 8 * tallest
+    for top in range(0, jpeg.height, rows):
+        strip = slice(top, min(top + rows, jpeg.height))
+        projected[..., strip, :] = _clamp_strip(stored[..., strip, :], _strip_of(jpeg.coefficients, strip))
+    return apply_orientation(projected, jpeg.orientation)
+
+
+def _strip_of(coefficients: Coefficients, strip: slice) -> Coefficients:
+    """The coefficients of some rows of pixels, from a block boundary of every component on."""
+    planes = []
+    for plane, (_, vertical) in zip(coefficients.planes, component_ratios(coefficients.sampling), strict=True):
+        first, after = strip.start // (8 * vertical), -(-strip.stop // (8 * vertical))
+        planes.append(plane[:, first:after])
+    return replace(coefficients, planes=tuple(planes), height=strip.stop - strip.start)
+
+
+def _clamp_strip(images: Tensor, coefficients: Coefficients) -> Tensor:
+    coefficients = coefficients.to(images.device)
+    space = coefficients.color_space
+    blocks = image_to_dct(images, coefficients.sampling, color_space=space, round_to_8bit=False)
     corrections = []
     parts = zip(blocks, coefficients.planes, coefficients.tables, component_ratios(coefficients.sampling), strict=True)
     for block, plane, table, (horizontal, vertical) in parts:
@@ -44,9 +67,8 @@ def clamp_to_cells(images: Tensor, jpeg: JPEGData) -> Tensor:
         low, high = (plane.float() - 0.5) * step, (plane.float() + 0.5) * step
         correction = inverse_dct(torch.clamp(block, low, high) - block)
         wide = correction.repeat_interleave(vertical, -2).repeat_interleave(horizontal, -1)
-        corrections.append(wide[..., : jpeg.height, : jpeg.width])
-    restored = _add(stored.float() * 255, corrections, coefficients.color_space) / 255
-    return apply_orientation(restored.clamp(0, 1), jpeg.orientation).to(images.dtype)
+        corrections.append(wide[..., : images.shape[-2], : images.shape[-1]])
+    return (_add(images.float() * 255, corrections, space) / 255).clamp(0, 1).to(images.dtype)
 
 
 def _add(levels: Tensor, corrections: list[Tensor], color_space: str) -> Tensor:

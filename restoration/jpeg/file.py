@@ -6,14 +6,17 @@ import io
 import os
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jpeglib
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from .codec import Coefficients
@@ -56,6 +59,16 @@ class JPEGData:
     def height(self) -> int:
         """Stored height in pixels."""
         return self.coefficients.height
+
+    @property
+    def upright_width(self) -> int:
+        """Width in pixels once the orientation is applied."""
+        return self.height if self.orientation >= 5 else self.width
+
+    @property
+    def upright_height(self) -> int:
+        """Height in pixels once the orientation is applied."""
+        return self.width if self.orientation >= 5 else self.height
 
     @property
     def subsampling(self) -> str:
@@ -154,7 +167,7 @@ def _load(source: Source, name: str | None) -> tuple[bytes, str]:
 def _decode(data: bytes, header: Header, name: str) -> tuple[Tensor, int]:
     """Pixels (3, H, W) in [0, 1] and EXIF orientation by Pillow."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image, _refusing_truncated_files():
             image.load()
             size, orientation = image.size, _orientation(image)
             levels = torch.from_numpy(np.array(image.convert("RGB")))
@@ -177,14 +190,17 @@ def _orientation(image: Image.Image) -> int:
 
 def _read_coefficients(data: bytes, header: Header, name: str) -> Coefficients:
     """Coefficients as int16 by jpeglib, which opens files by path only."""
+    stripped = without_metadata(data, _standard_huffman_tables())
     try:
         with tempfile.TemporaryDirectory(prefix="jpeg-restorer-") as folder:
             path = Path(folder, "stripped.jpg")
-            path.write_bytes(without_metadata(data, _standard_huffman_tables()))
-            jpeg = jpeglib.read_dct(str(path))
-            jpeg.load()
+            path.write_bytes(stripped)
+            jpeg = _load_coefficients(path, name)
     except OSError as error:
-        raise JPEGError(f"{name} is damaged (libjpeg cannot read its coefficients): save it again") from error
+        where = tempfile.gettempdir()
+        raise JPEGError(
+            f"{name} needs a temporary file, which {where} does not take ({error}): free space there"
+        ) from error
     components = [jpeg.Y, jpeg.Cb, jpeg.Cr][: len(header.sampling)]
     steps = [jpeg.get_component_qt(i).astype(np.int32) for i in range(len(components))]
     return Coefficients(
@@ -195,6 +211,26 @@ def _read_coefficients(data: bytes, header: Header, name: str) -> Coefficients:
         header.sampling,
         _COLOR_SPACES[jpeg.jpeg_color_space.name],
     )
+
+
+def _load_coefficients(path: Path, name: str) -> Any:
+    try:
+        jpeg = jpeglib.read_dct(str(path))
+        jpeg.load()
+    except OSError as error:
+        raise JPEGError(f"{name} is damaged (libjpeg cannot read its coefficients): save it again") from error
+    return jpeg
+
+
+@contextmanager
+def _refusing_truncated_files() -> Iterator[None]:
+    """Pillow's switch, which other packs turn on for the whole process, off for now: a cut file is an error here."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _described(coefficients: Coefficients, name: str, orientation: int, progressive: bool) -> JPEGData:

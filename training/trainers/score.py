@@ -34,7 +34,7 @@ class DriftRecTask:
         clean, degraded = batch["clean"], batch["degraded"]
         t_eps = self.config.sde.t_eps
         uniform = torch.rand(clean.shape[0], generator=generator, device=generator.device)
-        t = (t_eps + (1 - t_eps) * uniform.double().cpu()).numpy()
+        t = (t_eps + (1 - t_eps) * uniform.cpu().double()).numpy()
         a, sigma = self.model.coefficients(t, clean)
         noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(clean)
         denoised = model(degraded + a * (clean - degraded) + sigma * noise, degraded, t)

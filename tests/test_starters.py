@@ -1,0 +1,62 @@
+"""The restorers that ship with the pack: they load, they are small, and they restore."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from shared import ROOT
+from skimage import data
+
+from restoration.jpeg import encode_with_pillow, read_jpeg_and_pixels
+from restoration.jpeg.consistency import clamp_to_cells
+from restoration.metrics import blockiness, psnr
+from restoration.pipelines import DriftRecSettings, restore_driftrec, restore_regression
+from restoration.restorer_file import read_restorer
+from restoration.restorers import build_restorer, load_weights
+
+WEIGHTS = ROOT / "weights"
+
+
+def load(name: str):
+    file = read_restorer(WEIGHTS / name)
+    restorer = build_restorer(file.metadata, file.name)
+    load_weights(restorer, file)
+    return file.metadata, restorer.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", ["driftrec", "regression"])
+def test_each_is_small_and_says_where_it_comes_from(family: str) -> None:
+    path = WEIGHTS / f"starter-{family}.safetensors"
+    metadata, _ = load(path.name)
+    assert path.stat().st_size <= 16 * 10**6
+    assert metadata.family == family and metadata.license == "Apache-2.0" and metadata.base is None
+    assert metadata.training["images"] > 10_000 and metadata.training["date"] and metadata.training["data"]
+    assert f"{metadata.training['images']:,} crops" in (WEIGHTS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("quality", [10, 30])
+def test_they_take_blocks_away_from_a_picture_that_they_have_not_seen(quality: int) -> None:
+    clean = torch.from_numpy(data.astronaut()[:192, 96:320].copy()).permute(2, 0, 1)[None].float() / 255
+    jpeg, pixels = read_jpeg_and_pixels(encode_with_pillow(clean[0], quality), name="sample.jpg")
+    projections = [lambda image: clamp_to_cells(image, jpeg)]
+    with torch.inference_mode():
+        regression = restore_regression(load("starter-regression.safetensors")[1], pixels[None])
+        driftrec = restore_driftrec(
+            load("starter-driftrec.safetensors")[1], pixels[None], DriftRecSettings(), projections=projections
+        )
+    assert psnr(regression, clean) > psnr(pixels[None], clean) + 0.4
+    assert blockiness(regression) < 0.7 * blockiness(pixels[None])
+    assert blockiness(driftrec) < 0.7 * blockiness(pixels[None])
+
+
+@pytest.mark.parametrize("page", ["README.md", "weights/README.md", "docs/driftrec.md", "docs/benchmarks.md"])
+def test_pages_have_no_gaps_and_their_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"@[A-Z_]+@", text)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (path.parent / Path(target)).exists(), target

@@ -152,7 +152,8 @@ def check_widgets(node: dict, info: dict) -> None:
         kind, settings = definitions[name]
         if kind in ("INT", "FLOAT"):
             value = values.pop(0)
-            assert settings["min"] <= value <= settings["max"] and value == settings["default"], name
+            expected = {"samples": 4}.get(name, settings["default"])  # the graph averages, for starters are grainy
+            assert settings["min"] <= value <= settings["max"] and value == expected, name
         elif kind == "COMBO":
             value = values.pop(0)
             assert name == "image" or value in settings["options"], name
@@ -207,8 +208,10 @@ def test_comparison_finds_the_place_that_changed():
 
 
 PROGRAM = """
+import signal
 import time
 from tools.comfyui_server import ComfyUIServer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
 class Told(ComfyUIServer):
     def _start(self):
         super()._start()

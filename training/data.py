@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -203,7 +204,13 @@ def make_loader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_leave_interrupts_to_the_trainer,
     )
+
+
+def _leave_interrupts_to_the_trainer(_: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the trainer alone decides when to stop, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _PictureCache:

@@ -28,6 +28,9 @@ def main() -> int:
     command, arguments = sys.argv[1], sys.argv[2:]
     try:
         return _run(command, arguments)
+    except KeyboardInterrupt:
+        print(f"training {command}: stopped; repeat the command to go on from the last checkpoint", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         print(
             f"training {command}: {error}. Install what the trainer needs: pip install -e '.[training]'",
@@ -78,7 +81,7 @@ def parse(command: str, arguments: list[str]) -> tuple[bool, Any]:
     from training.configs import PRESETS
 
     presets = PRESETS[command]
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(prog=f"python -m training {command}", add_help=False)
     first.add_argument("--preset", choices=list(presets), default="paper")
     first.add_argument("--config", type=Path)
     first.add_argument("--dry-run", action="store_true")

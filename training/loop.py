@@ -79,6 +79,7 @@ class Trainer:
         if self.stop_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_asked = True
+        self.folder.say("stopping after this step; Ctrl-C again stops at once, without saving")
 
     def _prepare(self) -> None:
         self.task.model.to(self.accelerator.device)
@@ -123,7 +124,11 @@ class Trainer:
                 self._save()
                 saved_at, saved_time = self.images, time.monotonic()
             if stop:
-                self.folder.say(f"asked to stop: saved at {self.images} images; repeat the command to go on")
+                progress.close()
+                self.folder.say(
+                    f"asked to stop: saved at {self.images} images; repeat the command to go on. "
+                    f"{self.folder.restorer.name} is from the last validation."
+                )
                 return
         progress.close()
         self._save()

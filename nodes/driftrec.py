@@ -16,7 +16,7 @@ from ..restoration.jpeg.consistency import clamp_to_cells
 from ..restoration.pipelines import Compute, DriftRecSettings, Projection, restore_driftrec, restore_regression
 from .images import join_image, split_image
 from .runtime import ProgressReport, image_device, prepare_compute
-from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of
+from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_restorer
 
 _DEFAULTS = DriftRecSettings()
 
@@ -60,7 +60,7 @@ class DriftRecSample(io.ComfyNode):
     ) -> io.NodeOutput:
         with errors_of("DriftRecSample"):
             settings = DriftRecSettings(sampler, steps, tolerance, t_eps, seed, samples, color)
-            _check_family(restorer)
+            expect_restorer(restorer, (ScoreDenoiser, RegressionRestorer), "driftrec or regression")
             pictures, alpha = split_image(image)
             projections = None if jpeg is None else _projections(jpeg, pictures)
             compute = prepare_compute(restorer, pictures.shape[-2], pictures.shape[-1], tile, overlap)
@@ -164,19 +164,6 @@ def _inputs() -> list[io.Input]:
             tooltip="Pixels that neighbouring tiles share, at most half a tile; they are blended there.",
         ),
     ]
-
-
-def _check_family(restorer: Restorer) -> None:
-    if not isinstance(restorer, Restorer):
-        raise ValueError(
-            f"expected a restorer, got {type(restorer).__name__}. Connect the JPEG_RESTORER output of Load JPEG "
-            "Restorer."
-        )
-    if not isinstance(restorer.module, ScoreDenoiser | RegressionRestorer):
-        raise ValueError(
-            f"expected a restorer of the family driftrec or regression, got {restorer.metadata.family} "
-            f"({restorer.name}). Choose another file in Load JPEG Restorer, or use the node for that family."
-        )
 
 
 def _projections(jpegs: Any, pictures: Tensor) -> list[Projection]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .color import JPEGMatchColor
 from .compress import JPEGCompress
 from .driftrec import DriftRecSample
 from .files import LoadJPEG, LoadJPEGRestorer
+from .one_step import CaVEEmbed, OneStepDenoise
 from .runtime import register_restorer_folders
 
 
@@ -17,7 +19,15 @@ class JPEGRestorerExtension(ComfyExtension):
         register_restorer_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadJPEG, LoadJPEGRestorer, DriftRecSample, JPEGCompress]
+        return [
+            LoadJPEG,
+            LoadJPEGRestorer,
+            CaVEEmbed,
+            OneStepDenoise,
+            DriftRecSample,
+            JPEGCompress,
+            JPEGMatchColor,
+        ]
 
 
 async def comfy_entrypoint() -> JPEGRestorerExtension:

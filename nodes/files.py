@@ -11,6 +11,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..restoration.jpeg import JPEGError, apply_orientation, read_jpeg_and_pixels
+from ..restoration.restorer_file import read_restorer
+from .adapters import adapt_model, adapt_vae
 from .images import join_image
 from .runtime import DTYPES, image_device, load_restorer, restorer_names, restorer_path
 from .types import JPEGDataSocket, RestorerSocket, errors_of
@@ -91,8 +93,10 @@ class LoadJPEGRestorer(io.ComfyNode):
             display_name="Load JPEG Restorer",
             category="model/loaders",
             description="Loads a network that restores JPEGs, from models/jpeg_restorers or from the weights of "
-            "this pack.",
-            search_aliases=["jpeg model", "artifact removal model", "driftrec", "load restorer", "deblocking"],
+            "this pack. Restorers of the family codiff adapt Stable Diffusion 2.1-base: connect its MODEL and VAE.",
+            search_aliases=[
+                *("jpeg model", "artifact removal model", "driftrec", "codiff", "load restorer", "deblocking"),
+            ],
             inputs=[
                 io.Combo.Input("restorer", options=restorer_names(), tooltip="A restorer file (.safetensors)."),
                 io.Combo.Input(
@@ -105,14 +109,14 @@ class LoadJPEGRestorer(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="A Stable Diffusion 2.1 model, for restorers that are adapters of it. Others leave it "
-                    "as it is.",
+                    tooltip="Stable Diffusion 2.1-base (the 512-pixel one), for restorers that are adapters of it. "
+                    "Others leave it as it is.",
                 ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="The VAE of Stable Diffusion 2.1, for restorers that are adapters of it. Others leave "
-                    "it as it is.",
+                    tooltip="The VAE of Stable Diffusion 2.1-base, for restorers that are adapters of it. Others "
+                    "leave it as it is.",
                 ),
             ],
             outputs=[
@@ -131,7 +135,12 @@ class LoadJPEGRestorer(io.ComfyNode):
     @classmethod
     def execute(cls, restorer: str, dtype: str, model: Any = None, vae: Any = None) -> io.NodeOutput:
         with errors_of("LoadJPEGRestorer"):
-            return io.NodeOutput(load_restorer(restorer_path(restorer), DTYPES[dtype]), model, vae)
+            path = restorer_path(restorer)
+            loaded = load_restorer(path, DTYPES[dtype])
+            if loaded.metadata.base is not None:
+                file = read_restorer(path)
+                model, vae = adapt_model(model, file), adapt_vae(vae, file)
+        return io.NodeOutput(loaded, model, vae)
 
     @classmethod
     def validate_inputs(cls, restorer: str | None = None) -> bool | str:

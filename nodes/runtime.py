@@ -147,6 +147,22 @@ def prepare_compute(restorer: Restorer, height: int, width: int, tile: int, over
     return Compute(device, tiler, mm.throw_exception_if_processing_interrupted)
 
 
+def prepare_cave(restorer: Restorer, height: int, width: int, tile: int) -> Compute:
+    """Bring a CaVE to its device; its tiles, of side `tile` or 0 for none, change nothing but memory and time.
+
+    Args:
+        restorer: What runs.
+        height: Of the images.
+        width: Of the images.
+        tile: Side of the tiles in pixels. Halved when memory runs out.
+    """
+    network, halo = restorer.module.network, 2 * restorer.module.network.config.halo
+    sides = (min(side, tile + halo if tile else side) for side in (height, width))
+    mm.load_models_gpu([restorer.patcher], memory_required=network.activation_bytes(*sides, restorer.dtype))
+    tiler = Tiler(tile, is_out_of_memory=_is_out_of_memory, release=mm.soft_empty_cache)
+    return Compute(restorer.patcher.load_device, tiler, mm.throw_exception_if_processing_interrupted)
+
+
 class ProgressReport:
     """Shows on the node how far it is, with small previews; called with the core's `Progress`.
 

@@ -46,3 +46,22 @@ def errors_of(node: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{node}: {error}") from error
+
+
+def expect_restorer(restorer: Any, kinds: type | tuple[type, ...], families: str) -> Any:
+    """The networks of a restorer that must be of certain families.
+
+    Raises:
+        ValueError: It is no restorer, or of another family.
+    """
+    if not isinstance(restorer, Restorer):
+        raise ValueError(
+            f"expected a restorer, got {type(restorer).__name__}. Connect the JPEG_RESTORER output of Load JPEG "
+            "Restorer."
+        )
+    if not isinstance(restorer.module, kinds):
+        raise ValueError(
+            f"expected a restorer of the family {families}, got {restorer.metadata.family} ({restorer.name}). Choose "
+            "another file in Load JPEG Restorer, or use the node for that family."
+        )
+    return restorer.module

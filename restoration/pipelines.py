@@ -14,6 +14,7 @@ from torch import Tensor
 from .color import COLOR_CORRECTIONS
 from .diffusion.prediction import RegressionRestorer, ScoreDenoiser, constrained
 from .diffusion.samplers import SAMPLERS, NoiseSource, SamplerStep, sample
+from .prompts import CaVEPrompt
 from .tiling import Tiler, crop_to, pad_to_multiple
 
 Projection = Callable[[Tensor], Tensor]
@@ -138,6 +139,58 @@ def restore_regression(
         results.append(projections[index](restored.clamp(0, 1)) if projections else restored)
         report(1.0, results[-1])
     return to_8bit(torch.cat(results))
+
+
+def embed_with_cave(
+    model: CaVEPrompt, images: Tensor, *, compute: Compute | None = None, on_progress: OnProgress | None = None
+) -> tuple[Tensor, Tensor]:
+    """The prompts that CODiff's CaVE sees in images, and their JPEG qualities.
+
+    Args:
+        model: CaVE and its projection.
+        images: (B, 3, H, W) in [0, 1]; each is looked at on its own.
+        compute: Where the network runs; the tiles of its tiler save memory and change nothing.
+        on_progress: Called after each tile; the last fraction is 1.
+
+    Returns:
+        Tokens (B, cells, context width), and qualities (B,) from 0 to 100, both on the device of `images`.
+
+    Raises:
+        ValueError: The network returned something that is no number.
+    """
+    compute = compute or Compute()
+    prompts, qualities = [], []
+    for index, image in enumerate(images.split(1)):
+        report = _part_of(on_progress, index, len(images))
+        features = _cave_features(model, image.to(model.compute_dtype), compute, report).to(compute.device)
+        prompts.append(model(features).to(images))
+        qualities.append(model.network.quality(features).to(images.device))
+        report(1.0, None)
+    tokens = torch.cat(prompts)
+    if not bool(tokens.isfinite().all()):
+        raise ValueError("the network returned something that is no number. Load the restorer as bf16 or fp32.")
+    return tokens, torch.cat(qualities)
+
+
+def _cave_features(model: CaVEPrompt, image: Tensor, compute: Compute, report: _Report) -> Tensor:
+    """CaVE's features of one image, with smaller tiles from the start again when memory runs out."""
+    tiler = compute.tiler
+
+    def on_tile(done: int, total: int) -> None:
+        compute.check()
+        report(0.99 * done / total, None)
+
+    while True:
+        try:
+            return model.network.encode_tiled(image, tiler.tile, device=compute.device, on_tile=on_tile)
+        except Exception as error:
+            smaller = max(min(tiler.tile or max(image.shape[-2:]), max(image.shape[-2:])) // 2, tiler.minimum)
+            if not tiler.is_out_of_memory(error) or smaller == tiler.tile or smaller >= max(image.shape[-2:]):
+                raise
+        # Outside the handler the traceback, which keeps the failed attempt's tensors alive, is gone.
+        tiler.tile = smaller
+        if tiler.release is not None:
+            tiler.release()
 
 
 def to_8bit(images: Tensor) -> Tensor:

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .diffusion.one_step import TIMESTEPS
 from .diffusion.prediction import Prediction, RegressionRestorer, ScoreDenoiser
 from .diffusion.sde import make_sde
+from .networks.cave import CaVEConfig
 from .networks.ncsnpp import NCSNpp, NCSNppConfig
+from .prompts import CaVEPrompt
 from .restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, load_part
 
 _WIDEST = 4096
 _MOST_LEVELS = 10
 
-Restorer = ScoreDenoiser | RegressionRestorer
+Restorer = ScoreDenoiser | RegressionRestorer | CaVEPrompt
 """Modules with a `network` and a `compute_dtype`."""
 
 
@@ -59,7 +62,8 @@ def load_weights(restorer: Restorer, file: RestorerFile, *, assign: bool = False
     Raises:
         RestorerFileError: They do not fit.
     """
-    load_part(restorer.network, file, _FAMILIES[file.metadata.family].part, assign=assign)
+    for module, part in _FAMILIES[file.metadata.family].parts.items():
+        load_part(getattr(restorer, module), file, part, assign=assign)
 
 
 def _build_driftrec(config: dict[str, Any], factory: dict[str, Any]) -> ScoreDenoiser:
@@ -84,10 +88,26 @@ def _build_ncsnpp(config: dict[str, Any], in_channels: int, factory: dict[str, A
     return NCSNpp(parsed, **factory)
 
 
+def _build_codiff(config: dict[str, Any], factory: dict[str, Any]) -> CaVEPrompt:
+    cave = CaVEConfig(**config["cave"])
+    timestep, context_dim = float(config["timestep"]), config["context_dim"]
+    if not 0 <= timestep <= TIMESTEPS - 1:
+        raise ValueError(f"timestep {timestep:g}, not one from 0 to {TIMESTEPS - 1}")
+    if max(cave.widths) > _WIDEST or not isinstance(context_dim, int) or not 0 < context_dim <= _WIDEST:
+        raise ValueError(f"widths {cave.widths} and tokens of {context_dim} are no restorer's")
+    return CaVEPrompt(cave, context_dim, timestep, **factory)
+
+
 @dataclass(frozen=True)
 class _Family:
-    part: str
+    """How a family is built, and which part of the file belongs to which of its modules."""
+
+    parts: dict[str, str]
     build: Callable[[dict[str, Any], dict[str, Any]], Restorer]
 
 
-_FAMILIES = {"driftrec": _Family("score", _build_driftrec), "regression": _Family("regression", _build_regression)}
+_FAMILIES = {
+    "driftrec": _Family({"network": "score"}, _build_driftrec),
+    "regression": _Family({"network": "regression"}, _build_regression),
+    "codiff": _Family({"network": "prompt", "projection": "projection"}, _build_codiff),
+}

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_base
+import comfy.model_sampling
 import comfy.utils
 import torch
 from torch import Tensor
@@ -99,11 +100,16 @@ def _check_model(model: Any, file: RestorerFile) -> None:
             f"wide and {_LATENT_CHANNELS} latent channels, got {type(network.model_config).__name__} with "
             f"{context_dim} and {channels}. {WHERE_FROM}"
         )
-    if network.model_type != comfy.model_base.ModelType.EPS:
+    sampling = type(model.get_model_object("model_sampling"))
+    if getattr(sampling, "calculate_denoised", None) is not comfy.model_sampling.EPS.calculate_denoised:
         raise ValueError(
-            f"{file.name} expected a model that predicts noise, got one of {network.model_type.name}, as the 768-pixel "
-            f"SD 2.1 is; the 512-pixel one, SD 2.1-base, is meant. {WHERE_FROM}"
+            f"{file.name} expected a model that predicts noise, got one with {_prediction(sampling)}, as the 768-pixel "
+            f"SD 2.1 has; the 512-pixel one, SD 2.1-base, is meant. {WHERE_FROM}"
         )
+
+
+def _prediction(sampling: type) -> str:
+    return "v-prediction" if issubclass(sampling, comfy.model_sampling.V_PREDICTION) else sampling.__name__
 
 
 def _check_layers(lora: LoRA, keys: Mapping[str, str], module: torch.nn.Module, name: str, kind: str) -> None:

@@ -153,7 +153,7 @@ class OneStepDenoise(io.ComfyNode):
             samples = _checked_latent(model, latent)
             _check_conditioning(model, conditioning, len(samples))
             timesteps = _timesteps(timestep, conditioning, len(samples))
-            plan = Tiling(tiling, tile // _LATENT_PIXEL, overlap // _LATENT_PIXEL)
+            plan = _tiling(tiling, tile, overlap)
             restored = denoise_once(model, conditioning, samples, timesteps, plan)
             restored = _inside_mask(latent, samples, restored)
         return io.NodeOutput({**latent, "samples": restored.to(mm.intermediate_device(), torch.float32).contiguous()})
@@ -166,6 +166,14 @@ def _check_size(pictures: Tensor) -> None:
             f"expected an image of at least {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} pixels, got {width}x{height}. Resize "
             "or pad it first."
         )
+
+
+def _tiling(mode: str, tile: int, overlap: int) -> Tiling:
+    if overlap > tile // 2:
+        raise ValueError(
+            f"expected an overlap of at most half the tile, {tile // 2} pixels, got {overlap}. Lower the overlap."
+        )
+    return Tiling(mode, tile // _LATENT_PIXEL, overlap // _LATENT_PIXEL)
 
 
 def _checked_latent(model: Any, latent: Any) -> Tensor:

@@ -49,7 +49,7 @@ def latent_tiles(height: int, width: int, tile: int, overlap: int, align: int = 
     """
     if tile < 1 or not 0 <= overlap <= tile // 2:
         raise ValueError(
-            f"expected an overlap from 0 to half the tile, {tile // 2}, got {overlap}. Change one of both."
+            f"expected an overlap from 0 to half the tile, {tile // 2}, got {overlap}. Lower the overlap."
         )
     if (tile - overlap) % align:
         raise ValueError(f"expected tile - overlap to be a multiple of {align}, got {tile} - {overlap}.")

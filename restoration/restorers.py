@@ -41,6 +41,11 @@ def build_restorer(
     Raises:
         RestorerFileError: The family is not one that this version runs, or its configuration is not valid.
     """
+    if metadata.family == "cave":
+        raise RestorerFileError(
+            f"{name}: the first stage of CODiff's training alone, which restores nothing. Train the second on it: "
+            f"python -m training codiff --cave {name}."
+        )
     if metadata.family not in _FAMILIES:
         raise RestorerFileError(
             f"{name}: restorers of the family {metadata.family!r} cannot be run by this version of the pack, which "

@@ -132,6 +132,6 @@ class ComfyUI:
 
         extras = Path(comfy_extras.__file__ or comfy_extras.__path__[0])
         folder = extras.parent if extras.is_file() else extras
-        for name in ("nodes_images.py", "nodes_image_compare.py"):
+        for name in ("nodes_images.py", "nodes_image_compare.py", "nodes_model_advanced.py"):
             assert await self.nodes.load_custom_node(str(folder / name), module_parent="comfy_extras")
         assert await self.nodes.load_custom_node(str(ROOT)), "ComfyUI could not import the pack; see the log above"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch: threads that wait by spinning make everything many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -14,7 +15,7 @@ import torch
 
 from restoration.diffusion.prediction import Prediction
 from restoration.networks.ncsnpp import NCSNpp, NCSNppConfig
-from restoration.restorer_file import RestorerMetadata, half, write_restorer
+from restoration.restorer_file import RestorerMetadata, half, read_restorer, write_restorer
 from tools.setup_env import comfyui_dir
 
 
@@ -79,3 +80,23 @@ def fresh(comfy):
     comfy.on_progress = None
     yield comfy
     comfy.on_progress = None
+
+
+@pytest.fixture(scope="session")
+def reduced(comfy) -> SimpleNamespace:
+    """The reduced base in ComfyUI's folders, a CODiff restorer for it, and that restorer's file."""
+    from tests.codiff_graphs import RESTORER
+    from tests.reduced_sd21 import reduced_base, write_codiff
+
+    base = reduced_base()
+    comfy.folder_paths.add_model_folder_path("checkpoints", str(base.checkpoint.parent))
+    comfy.folder_paths.add_model_folder_path("vae", str(base.vae.parent))
+    path = write_codiff(comfy.base / "models" / "jpeg_restorers" / RESTORER, base)
+    comfy.folder_paths.filename_list_cache.clear()
+    return SimpleNamespace(base=base, file=read_restorer(path))
+
+
+@pytest.fixture
+def codiff(fresh, reduced) -> SimpleNamespace:
+    """The executor with empty caches, and the base and restorer files that it knows."""
+    return SimpleNamespace(comfy=fresh, **vars(reduced))

@@ -8,7 +8,6 @@ the command-line options. No such checkpoint is published, so this follows what 
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from ..diffusion.prediction import Prediction
 from ..diffusion.sde import make_sde
 from ..networks.ncsnpp import NCSNpp, NCSNppConfig
 from ..restorer_file import RestorerFile, RestorerMetadata, load_part
+from ._checkpoint import CheckpointError, kind, read_pickled
 
 _SDE_NAMES = {"ouve": "ouve", "t2ve": "tsdve", "cosve": "cosve"}
 _BACKBONE = "backbone."
 _TRAINED_SIZE, _ATTENTION_SIZE = 256, 16
 
 
-class DriftRecCheckpointError(ValueError):
+class DriftRecCheckpointError(CheckpointError):
     """A file is not a DriftRec checkpoint that can be used; the message says what is wrong."""
 
 
@@ -48,7 +48,7 @@ def import_driftrec(
         RestorerFileError: Its tensors do not fit the network that its options describe; the first of them are named.
     """
     name = Path(path).name
-    checkpoint = _read(path, name)
+    checkpoint = _read(path)
     options, state = _section(checkpoint, "hyper_parameters", name), _backbone(checkpoint, name)
     network = _network_config(options, state, name)
     weights = _Weights(state, _section(checkpoint, "ema", name), name)
@@ -60,27 +60,10 @@ def import_driftrec(
     return metadata, tensors
 
 
-def _read(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise DriftRecCheckpointError(f"{name}: there is no such file. Give the path of a DriftRec .ckpt file.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = str(error).split("\n", 1)[0]
-        raise DriftRecCheckpointError(
-            f"{name}: refused, because it does not hold tensors and plain values only, and unpickling anything else "
-            f"could run code ({found}). Save it again with torch.save as dictionaries, lists, numbers and tensors."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        found = str(error).split("\n", 1)[0]
-        raise DriftRecCheckpointError(
-            f"{name}: not a whole checkpoint ({found}). Download or copy it again."
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise DriftRecCheckpointError(
-            f"{name}: expected a Lightning checkpoint, a dictionary, got {_kind(checkpoint)}."
-        )
-    return checkpoint
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    return read_pickled(
+        path, wanted="a DriftRec .ckpt file", content="a Lightning checkpoint", error=DriftRecCheckpointError
+    )
 
 
 def _section(checkpoint: dict[str, Any], key: str, name: str) -> dict[str, Any]:
@@ -88,7 +71,7 @@ def _section(checkpoint: dict[str, Any], key: str, name: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise DriftRecCheckpointError(
             f"{name}: expected a dictionary {key!r} in a DriftRec checkpoint, got "
-            f"{'none' if section is None else _kind(section)}. Give the .ckpt file that the authors' train.py wrote."
+            f"{kind(section)}. Give the .ckpt file that the authors' train.py wrote."
         )
     return section
 
@@ -132,7 +115,7 @@ class _Weights:
         values = self.ema.get(key)
         if not isinstance(values, list) or not all(torch.is_tensor(value) for value in values):
             raise DriftRecCheckpointError(
-                f"{self.name}: expected ema.{key} to be a list of tensors, got {_kind(values)}."
+                f"{self.name}: expected ema.{key} to be a list of tensors, got {kind(values)}."
             )
         if len(values) != len(self.state):
             raise DriftRecCheckpointError(
@@ -239,7 +222,3 @@ def _option(options: dict[str, Any], key: str, kinds: tuple[type, ...], name: st
         found = "none" if value is None else repr(value)
         raise DriftRecCheckpointError(f"{name}: expected hyper_parameters.{key} to be a {wanted}, got {found}.")
     return value
-
-
-def _kind(value: object) -> str:
-    return "none" if value is None else f"a {type(value).__name__}"

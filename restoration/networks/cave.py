@@ -171,15 +171,16 @@ class CaVE(nn.Module):
         return 100 * (1 - self.qf_pred(features)[:, 0].float())
 
     def activation_bytes(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:
-        """Memory that `encode` of one image of this size takes beside the weights, without workspace of the kernels.
+        """Bytes that `encode` of one image of this size takes beside the weights and the workspace of the kernels.
 
-        At the widest size a residual block holds its input and two more of it, and the image is there as well. A window
-        of `encode_tiled` counts with `config.halo` on each side.
+        At the widest size a residual block holds its input and two more of it, and the image is there as well, twice
+        where it has to be extended. A window of `encode_tiled` counts with `config.halo` on each side.
         """
         rows, columns = (_extended(side) for side in (height, width))
-        areas = (rows * columns, rows * columns // 4, rows * columns // 64, (rows // 32) * (columns // 32))
+        areas = (rows * columns, rows * columns // 4, rows * columns // 64, math.prod(cells(height, width)))
         widest = max(3 * channels * area for channels, area in zip(self.config.widths, areas, strict=True))
-        return (widest + 3 * rows * columns) * dtype.itemsize
+        given = height * width if (rows, columns) != (height, width) else 0
+        return (widest + 3 * (rows * columns + given)) * dtype.itemsize
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

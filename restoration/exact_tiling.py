@@ -90,7 +90,7 @@ def _spans(length: int, stride: int, halo: int, tile: int) -> list[_Span]:
 
 def _span(start: int, stop: int, length: int, stride: int, halo: int) -> _Span:
     first = max(start * stride - halo, 0)
-    last = length if stop == length // stride else min(stop * stride + halo, length)
+    last = min(stop * stride + halo, length)
     offset = first // stride
     return _Span(slice(first, last), slice(start, stop), slice(start - offset, stop - offset))
 

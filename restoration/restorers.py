@@ -20,6 +20,7 @@ from .restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, lo
 
 _WIDEST = 4096
 _MOST_LEVELS = 10
+_MOST_BLOCKS = 100
 
 Restorer = ScoreDenoiser | RegressionRestorer | CaVEPrompt
 """Modules with a `network` and a `compute_dtype`."""
@@ -90,6 +91,8 @@ def _build_ncsnpp(config: dict[str, Any], in_channels: int, factory: dict[str, A
         raise ValueError(f"{parsed.in_channels} channels in and {parsed.out_channels} out, not {in_channels} and 3")
     if parsed.width * max(parsed.channel_multipliers) > _WIDEST or len(parsed.channel_multipliers) > _MOST_LEVELS:
         raise ValueError(f"a network of width {parsed.width} and levels {parsed.channel_multipliers} is no restorer")
+    if parsed.res_blocks > _MOST_BLOCKS:
+        raise ValueError(f"a network of {parsed.res_blocks} blocks at each level is no restorer")
     return NCSNpp(parsed, **factory)
 
 
@@ -98,8 +101,10 @@ def _build_codiff(config: dict[str, Any], factory: dict[str, Any]) -> CaVEPrompt
     timestep, context_dim = float(config["timestep"]), config["context_dim"]
     if not 0 <= timestep <= TIMESTEPS - 1:
         raise ValueError(f"timestep {timestep:g}, not one from 0 to {TIMESTEPS - 1}")
-    if max(cave.widths) > _WIDEST or not isinstance(context_dim, int) or not 0 < context_dim <= _WIDEST:
-        raise ValueError(f"widths {cave.widths} and tokens of {context_dim} are no restorer's")
+    if max(cave.widths) > _WIDEST or cave.blocks > _MOST_BLOCKS:
+        raise ValueError(f"a CaVE of widths {cave.widths} and {cave.blocks} blocks is no restorer's")
+    if not isinstance(context_dim, int) or not 0 < context_dim <= _WIDEST:
+        raise ValueError(f"tokens of width {context_dim!r} are no restorer's")
     return CaVEPrompt(cave, context_dim, timestep, **factory)
 
 

@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -35,6 +36,11 @@ UNET = {
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 1024,
     "attention_head_dim": 5,  # diffusers' old misnomer: the number of heads, of 64 channels each
     "use_linear_projection": True,
+}  # fmt: skip
+FULL_UNET = {
+    **UNET, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": (5, 10, 20, 20),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
 }  # fmt: skip
 VAE = {
     "sample_size": 768, "in_channels": 3, "out_channels": 3, "block_out_channels": (128, 256, 512, 512),
@@ -80,16 +86,26 @@ def reduced_base() -> ReducedBase:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
             made = Path(folder) / "sd21"
-            _make(made)
+            _make(made, UNET)
             try:
                 made.rename(target)
             except OSError:
                 if not target.exists():  # otherwise another process was first
                     raise
+    return _base_in(target)
+
+
+def full_base(folder: Path) -> ReducedBase:
+    """Random weights of SD 2.1-base's own size in `folder`, 3.8 GB, for benchmarks."""
+    _make(folder / "sd21", FULL_UNET)
+    return _base_in(folder / "sd21")
+
+
+def _base_in(folder: Path) -> ReducedBase:
     return ReducedBase(
-        target / "diffusers",
-        target / "checkpoints" / "reduced-sd21.safetensors",
-        target / "diffusers" / "vae" / "diffusion_pytorch_model.safetensors",
+        folder / "diffusers",
+        folder / "checkpoints" / "reduced-sd21.safetensors",
+        folder / "diffusers" / "vae" / "diffusion_pytorch_model.safetensors",
     )
 
 
@@ -99,10 +115,11 @@ def _recipe_hash() -> str:
     return hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, unet_config: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(SEED)
+    levels, layers = len(unet_config["block_out_channels"]), unet_config["layers_per_block"]
     with torch.device("meta"):
-        unet, vae, small = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE), AutoencoderKL(**SMALL_DECODER)
+        unet, vae, small = UNet2DConditionModel(**unet_config), AutoencoderKL(**VAE), AutoencoderKL(**SMALL_DECODER)
     weights = {"unet": _draw(unet, generator), "vae": _draw(vae, generator)}
     for name, model in (("unet", unet), ("vae", vae)):
         model.save_config(folder / "diffusers" / name)
@@ -115,7 +132,9 @@ def _make(folder: Path) -> None:
     encoder = {key: value for key, value in weights["vae"].items() if key.startswith(("encoder.", "quant_conv."))}
     small_weights = _draw(small, generator)
     decoder = {key: value for key, value in small_weights.items() if key.startswith(("decoder.", "post_quant_conv."))}
-    checkpoint = {f"model.diffusion_model.{unet_name(key)}": value for key, value in weights["unet"].items()}
+    checkpoint = {
+        f"model.diffusion_model.{unet_name(key, levels, layers)}": value for key, value in weights["unet"].items()
+    }
     for key, value in {**encoder, **decoder}.items():
         is_attention = ".attentions." in key and value.dim() == 2
         checkpoint[f"first_stage_model.{vae_name(key)}"] = value[..., None, None] if is_attention else value
@@ -155,8 +174,9 @@ def unet_name(key: str, levels: int = 2, layers: int = 1) -> str:
     level = int(block.split(".")[1])
     if kind == "downsamplers":
         return f"input_blocks.{(layers + 1) * (level + 1)}.0.{leaf.replace('conv', 'op')}"
-    if kind == "upsamplers":  # after the level's last residual block and its attention
-        return f"output_blocks.{(layers + 1) * level + layers}.2.{leaf}"
+    if kind == "upsamplers":  # after the level's last residual block and its attention; SD's lowest level has none
+        slot = 1 if levels == 4 and level == 0 else 2
+        return f"output_blocks.{(layers + 1) * level + layers}.{slot}.{leaf}"
     slot = 1 if kind == "attentions" else 0
     if block.startswith("down"):
         return f"input_blocks.{(layers + 1) * level + 1 + int(index)}.{slot}.{leaf}"
@@ -236,7 +256,8 @@ def write_codiff(
     generator = torch.Generator().manual_seed(seed)
     cave_config = CaVEConfig(widths=cave_widths, blocks=cave_blocks)
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.folder / "unet"))
+        vae = AutoencoderKL(**VAE)
     with safe_open(base.folder / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
         conv_in = {leaf: file.get_tensor(f"conv_in.{leaf}").float() for leaf in ("weight", "bias")}
     parts = {

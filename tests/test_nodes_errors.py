@@ -152,10 +152,11 @@ def _description(path: Path) -> str:
     ("changes", "said"),
     [
         ({"family": "sorcery"}, "unknown family"),
-        ({"family": "codiff", "base": "sd2.1-base"}, "cannot be run by this version"),
+        ({"family": "sodiff", "base": "sd2.1-base"}, "cannot be run by this version"),
         ({"version": 99}, "newer version"),
         ({"config": {}}, "configuration is not valid"),
         ({"config": {"network": {"width": "wide"}}}, "configuration is not valid"),
+        ({"config": {"network": {"res_blocks": 10**9}}}, "configuration is not valid"),
     ],
 )
 def test_descriptions_that_do_not_fit(fresh, changes, said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from restoration.jpeg import read_jpeg
 from tests.conftest import write_driftrec
 from tests.graphs import photo
+from tests.reduced_sd21 import reduced_base, write_codiff
 from tools import comfyui_server, demo
 from tools.comfyui_server import NODES, PACK, ComfyUIServer, ServerError, run_workflow
 from tools.pictures import before_after, most_changed, split_thumbnail
@@ -28,6 +30,7 @@ from tools.setup_env import PYTHON, ROOT
 
 pytestmark = pytest.mark.comfyui
 WORKFLOW = ROOT / "example_workflows" / "driftrec_restore.json"
+CODIFF = ROOT / "example_workflows" / "codiff_sd21.json"
 
 
 def files_of(comfyui: Path) -> set[str]:
@@ -43,9 +46,14 @@ def files_before(comfyui_folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def server(comfyui_folder: Path, files_before: set[str]) -> Iterator[ComfyUIServer]:
-    """ComfyUI with this pack, and a small restorer of random weights in the place of the starter."""
+    """ComfyUI with this pack; small restorers and a reduced SD 2.1, of random weights, in the places of real ones."""
     with ComfyUIServer(comfyui_folder) as running:
-        write_driftrec(running.base / "models" / "jpeg_restorers" / "starter-driftrec.safetensors")
+        models = running.base / "models"
+        write_driftrec(models / "jpeg_restorers" / "starter-driftrec.safetensors")
+        base = reduced_base()
+        write_codiff(models / "jpeg_restorers" / "codiff.safetensors", base)
+        (models / "checkpoints").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.checkpoint, models / "checkpoints" / "v2-1_512-ema-pruned.safetensors")
         yield running
 
 
@@ -62,6 +70,17 @@ def test_example_workflow_through_comfy_cli(server, tmp_path):
     assert np.abs(np.asarray(before, float) - np.asarray(after, float)).mean() > 1
 
 
+def test_codiffs_workflow_through_comfy_cli(server, tmp_path):
+    """The CODiff template as artists open it: a picture trimmed to multiples of 8, in the JPEG's mean colours."""
+    shutil.copy(save(tmp_path / "photo.jpg", photo(75, 100)), server.input / "photo.jpg")
+    before = {path.name for path in server.output.glob("*.png")}
+    run_workflow(server, CODIFF)
+    (name,) = {path.name for path in server.output.glob("*.png")} - before
+    restored, source = Image.open(server.output / name), Image.open(tmp_path / "photo.jpg")
+    assert restored.size == (96, 72)
+    assert np.allclose(np.asarray(restored).mean((0, 1)), np.asarray(source).mean((0, 1)), atol=8)
+
+
 def test_comfy_cli_reports_what_the_node_said(server, tmp_path):
     """A file that is no JPEG, and one that is not there: the node's sentence, and the server goes on."""
     (server.input / "photo.jpg").write_bytes(b"GIF89a")
@@ -75,7 +94,8 @@ def test_comfy_cli_reports_what_the_node_said(server, tmp_path):
 
 def test_template_and_help_pages_are_served(server):
     """The workflow is listed under Templates with its picture; each node's help page is where the editor looks."""
-    assert json.loads(server.get("/api/workflow_templates")) == {PACK: ["driftrec_restore"]}
+    listed = json.loads(server.get("/api/workflow_templates"))
+    assert {PACK: sorted(listed[PACK])} == {PACK: ["codiff_sd21", "driftrec_restore"]} and list(listed) == [PACK]
     served = json.loads(server.get(f"/api/workflow_templates/{PACK}/driftrec_restore.json"))
     assert served == json.loads(WORKFLOW.read_text(encoding="utf-8"))
     for node in NODES:
@@ -129,9 +149,10 @@ def test_nothing_is_written_into_comfyuis_own_folders(server, files_before):
     assert files_of(server.comfyui) == files_before
 
 
-def test_workflow_file_is_sound(server):
+@pytest.mark.parametrize("path", [WORKFLOW, CODIFF], ids=lambda path: path.stem)
+def test_workflow_file_is_sound(server, path):
     """Each link joins existing slots of equal types, and widget values fit the widgets of the nodes, in order."""
-    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    graph = json.loads(path.read_text(encoding="utf-8"))
     nodes = {node["id"]: node for node in graph["nodes"]}
     for link, source, out, target, into, kind in graph["links"]:
         assert link in nodes[source]["outputs"][out]["links"] and nodes[source]["outputs"][out]["type"] == kind

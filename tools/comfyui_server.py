@@ -22,7 +22,15 @@ from tools.setup_env import PYTHON, ROOT, comfyui_dir
 
 PACK = "comfyui-jpeg-restorer"
 PARTS = ("__init__.py", "nodes", "restoration", "weights", "web", "example_workflows", "locales", "pyproject.toml")
-NODES = ("LoadJPEG", "LoadJPEGRestorer", "DriftRecSample", "JPEGCompress")
+NODES = (
+    "LoadJPEG",
+    "LoadJPEGRestorer",
+    "CaVEEmbed",
+    "OneStepDenoise",
+    "DriftRecSample",
+    "JPEGCompress",
+    "JPEGMatchColor",
+)
 LOG_LINES = 25
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from restoration.importers.codiff import import_cave, import_codiff
 from restoration.importers.driftrec import import_driftrec
 from restoration.restorer_file import RestorerMetadata, half, write_restorer
 
@@ -72,6 +73,25 @@ def _driftrec(options: argparse.Namespace) -> Imported:
     return import_driftrec(options.checkpoint, use_ema=not options.raw_weights)
 
 
+def _codiff_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CODIFF.pkl", help="the authors' codiff.pkl")
+    _cave_options(parser)
+
+
+def _codiff(options: argparse.Namespace) -> Imported:
+    return import_codiff(options.checkpoint, options.cave)
+
+
+def _cave_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cave", type=Path, metavar="CAVE.pth", help="the authors' cave.pth")
+
+
+def _cave(options: argparse.Namespace) -> Imported:
+    return import_cave(options.cave)
+
+
 IMPORTERS: dict[str, Importer] = {
     "driftrec": Importer("a PyTorch Lightning checkpoint of DriftRec or its baseline", _driftrec_options, _driftrec),
+    "codiff": Importer("the two files of CODiff, its adapters and its prompt encoder", _codiff_options, _codiff),
+    "cave": Importer("CODiff's prompt encoder alone, with its decoder, to train on", _cave_options, _cave),
 }

@@ -12,7 +12,7 @@ from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.restorer_file import load_part, read_restorer
 from tests.graphs import Graph
 from tests.reduced_sd21 import (
-    UNET,
+    FULL_UNET,
     VAE,
     ReducedBase,
     lora_tensors,

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-_COMMANDS = {
-    "driftrec": "train a DriftRec score network",
-    "regression": "train its baseline: the same network, one evaluation",
+from training.commands import COMMANDS
+
+_SUMMARIES = {
+    **{name: command.summary for name, command in COMMANDS.items()},
     "convert": "turn the authors' checkpoints into restorer files",
 }
 
 
 def main() -> int:
     """Run one command; user errors end with one message and exit status 2."""
-    if len(sys.argv) < 2 or sys.argv[1] not in _COMMANDS:
-        known = "\n".join(f"  {name:<12}{text}" for name, text in _COMMANDS.items())
+    if len(sys.argv) < 2 or sys.argv[1] not in _SUMMARIES:
+        known = "\n".join(f"  {name:<12}{text}" for name, text in _SUMMARIES.items())
         asked_for_help = len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help")
         print("usage: python -m training COMMAND [--preset NAME] [--config FILE.yaml] [--dry-run] [options]\n")
         print(known)
@@ -45,12 +47,12 @@ def _run(command: str, arguments: list[str]) -> int:
     from training.run_folder import RunFolderError
 
     try:
-        if command == "convert":
+        if command in COMMANDS:
+            _train(command, arguments)
+        else:
             from training.convert import run as convert
 
             convert(arguments)
-        else:
-            _train(command, arguments)
     except (ValueError, FileNotFoundError, CheckpointError, TrainingStoppedError, RunFolderError) as error:
         print(f"training {command}: {error}", file=sys.stderr)
         return 2
@@ -78,27 +80,41 @@ def parse(command: str, arguments: list[str]) -> tuple[bool, Any]:
     import tyro
 
     from training.config_files import read_config
-    from training.configs import PRESETS
 
-    presets = PRESETS[command]
-    first = argparse.ArgumentParser(prog=f"python -m training {command}", add_help=False)
+    presets = COMMANDS[command].presets()
+    first = argparse.ArgumentParser(prog=f"python -m training {command}", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(presets), default="paper")
     first.add_argument("--config", type=Path)
-    first.add_argument("--dry-run", action="store_true")
-    known, rest = first.parse_known_args(arguments)
+    known, _ = first.parse_known_args(arguments)
     default = presets[known.preset]
     if known.config is not None:
         default = read_config(known.config, default)
-    rows = "; ".join(f"{name}: {row.run.images:,} images to {row.run.output}" for name, row in presets.items())
-    description = (
-        f"{_COMMANDS[command]}. --preset {{{','.join(presets)}}} chooses the defaults ({rows}), --config FILE.yaml "
-        "changes them, --dry-run prints what would be done. Repeating a command goes on where it stopped."
-    )
-    config = tyro.cli(
-        type(default), prog=f"python -m training {command}", description=description, default=default, args=rest,
+    line = tyro.cli(
+        _line_type(default, presets), prog=f"python -m training {command}", args=arguments,
+        description=f"{COMMANDS[command].summary}. Repeating a command goes on where it stopped.",
         config=(tyro.conf.AvoidSubcommands,),
     )  # fmt: skip
-    return known.dry_run, config
+    return line.dry_run, line.settings
+
+
+def _line_type(default: Any, presets: dict[str, Any]) -> Any:
+    """The type of what a command line says: the options that choose the defaults, and those of the configuration."""
+    import tyro
+
+    rows = "; ".join(f"{name}: {row.run.images:,} images to {row.run.output}" for name, row in presets.items())
+    preset = tyro.conf.arg(metavar="{" + ",".join(presets) + "}", help=f"Chooses the defaults. {rows}.")
+    config = tyro.conf.arg(metavar="FILE.yaml", help="Changes the defaults, e.g. a run's config.yaml.")
+    dry_run = tyro.conf.arg(help="Print what would be done, and write nothing.")
+    return dataclasses.make_dataclass(
+        "Line",
+        [
+            ("preset", Annotated[str, preset], "paper"),
+            ("config", Annotated[Path | None, config], None),
+            ("dry_run", Annotated[bool, tyro.conf.FlagCreatePairsOff, dry_run], False),
+            ("settings", Annotated[type(default), tyro.conf.arg(name="")], dataclasses.field(default=default)),
+        ],
+        frozen=True,
+    )
 
 
 if __name__ == "__main__":

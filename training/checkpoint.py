@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,46 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a whole checkpoint ({error}). Remove it to start anew.") from error
 
 
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes in a module: its trainable parameters, and the buffers beside them (norm statistics).
+
+    Frozen parameters, e.g. of a base model under adapters, are left out, and buffers of submodules without a trainable
+    parameter of their own.
+    """
+    state: dict[str, Tensor] = {}
+    for path, part in module.named_modules():
+        start = f"{path}." if path else ""
+        trainable = {name: value for name, value in part.named_parameters(recurse=False) if value.requires_grad}
+        passing = part._non_persistent_buffers_set
+        buffers = {name: value for name, value in part.named_buffers(recurse=False) if name not in passing}
+        for name, value in {**trainable, **(buffers if trainable else {})}.items():
+            state[start + name] = value.detach()
+    return state
+
+
+def load_trained_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `trained_state` gave; frozen weights and buffers are taken where `state` has them, too.
+
+    Raises:
+        CheckpointError: Something is missing, unknown or of another shape; the first such name is given.
+    """
+    present = module.state_dict(keep_vars=True)
+    missing = trained_state(module).keys() - state.keys()
+    unknown = state.keys() - present.keys()
+    reshaped = {key for key in state.keys() & present.keys() if state[key].shape != present[key].shape}
+    if wrong := missing | unknown | reshaped:
+        raise CheckpointError(
+            f"the checkpoint belongs to another network: {min(wrong)} is missing, unknown or of another shape. "
+            "Give --run.output another folder."
+        )
+    with torch.no_grad():
+        for key, value in state.items():
+            present[key].copy_(value)
+
+
 class Average:
-    """Exponential moving average of a module's parameters, warmed up as torch_ema does: min(decay, (1 + n) / (10 + n)).
+    """Exponential moving average of a module's trainable parameters, warmed up as torch_ema does: the n-th update has
+    the decay min(decay, (1 + n) / (10 + n)).
 
     Args:
         module: Whose parameters are averaged.
@@ -57,23 +97,32 @@ class Average:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.values = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self.values = {name: parameter.detach().clone() for name, parameter in _trainable(module)}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the module's present parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, parameter in module.named_parameters():
+        for name, parameter in _trainable(module):
             self.values[name].lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
-        """Exchange the module's parameters and the averaged ones; calling it again undoes it."""
-        for name, parameter in module.named_parameters():
+        """Exchange the module's trainable parameters and the averaged ones; calling it again undoes it."""
+        for name, parameter in _trainable(module):
             present = parameter.detach().clone()
             parameter.copy_(self.values[name])
             self.values[name] = present
+
+    @contextmanager
+    def in_place(self, module: nn.Module) -> Iterator[None]:
+        """The module has the averaged parameters for the time being."""
+        self.swap(module)
+        try:
+            yield
+        finally:
+            self.swap(module)
 
     def state_dict(self) -> dict[str, Tensor | int | dict[str, Tensor]]:
         """The averages and the number of updates."""
@@ -84,3 +133,7 @@ class Average:
         self.updates = int(state["updates"])
         for name, value in self.values.items():
             value.copy_(state["values"][name])
+
+
+def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)

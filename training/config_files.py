@@ -28,6 +28,11 @@ def read_config(path: Path, default: T) -> T:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected UTF-8 text, got the byte {error.object[error.start]:#04x} at position {error.start}. "
+            "Save it as UTF-8."
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     problems: list[str] = []

@@ -8,6 +8,7 @@ from typing import Literal
 
 from restoration.diffusion.prediction import Prediction
 from restoration.diffusion.sde import SDES
+from restoration.networks.cave import CaVEConfig
 from restoration.networks.ncsnpp import NCSNppConfig
 from training import degradation as jpeg
 from training.degradation import Degradation
@@ -54,7 +55,11 @@ class OptimizerConfig:
     gradient_clip: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
     ema_decay: float = 0.999
-    """Decay of the averaged weights at each step, reached from below as min(decay, (1 + n) / (10 + n))."""
+    """Decay of the averaged weights at each step, reached from below as min(decay, (1 + n) / (10 + n)); 0: none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of Adam's averages of the gradient and of its square."""
+    eight_bit: bool = False
+    """Keep those averages in 8 bits, a quarter of the memory; needs bitsandbytes."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,42 @@ class RegressionConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/regression")))
 
 
+@dataclass(frozen=True)
+class CaVETrainingConfig:
+    """`python -m training cave`: CODiff's first stage (Guo et al. 2025, section 3.2)."""
+
+    data: DataConfig = field(
+        default_factory=lambda: DataConfig(
+            augmentation="crop", flips=True, rotations=True, degradation=jpeg.PRESETS["codiff_paper"]
+        )
+    )
+    network: CaVEConfig = field(default_factory=CaVEConfig)
+    implicit: bool = True
+    """Learn to restore: the absolute error of the reconstruction."""
+    explicit: bool = True
+    """Learn to tell the quality: the absolute error of (100 - quality) / 100."""
+    quality_weight: float = 1e-3
+    """Weight of the quality's error; the reconstruction's is 1."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-5, weight_decay=0.0, ema_decay=0.0)
+    )
+    validation: ValidationConfig = field(
+        default_factory=lambda: ValidationConfig(every=320_000, qualities=_UNSEEN_QUALITIES)
+    )
+    run: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            output=Path("runs/cave"), images=25_600_000, batch=128, checkpoint_every=320_000
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if not (self.implicit or self.explicit):
+            raise ValueError("implicit, explicit: expected at least one of them to be on, got neither.")
+
+
+_UNSEEN_QUALITIES = (15, 25, 35, 45, 55, 75)
+"""None of those that the published training draws most of the time."""
+
 _STARTER_NETWORK = {
     "width": 32,
     "channel_multipliers": (1, 2, 2, 2),
@@ -166,7 +207,7 @@ _STARTER_DATA = DataConfig(
 _STARTER_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_images=2000, gradient_clip=1.0)
 _STARTER_VALIDATION = ValidationConfig(every=20_000, crop=128)
 
-PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig]] = {
+PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig | CaVETrainingConfig]] = {
     "driftrec": {
         "paper": DriftRecConfig(),
         "starter": DriftRecConfig(
@@ -194,5 +235,31 @@ PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig]] = {
             ),
         ),
     },
-}
-"""Command -> preset -> configuration. `paper` is the publication's; `starter` is small enough for a CPU."""
+    "cave": {
+        "paper": CaVETrainingConfig(),
+        "code": CaVETrainingConfig(
+            data=DataConfig(
+                augmentation="crop", flips=True, rotations=True, degradation=jpeg.PRESETS["codiff_code"]
+            ),
+            run=RunConfig(
+                output=Path("runs/cave-code"), images=25_600_000, batch=128, checkpoint_every=320_000
+            ),
+        ),
+        "small": CaVETrainingConfig(
+            data=DataConfig(
+                crop=96, augmentation="crop", flips=True, rotations=True, degradation=jpeg.PRESETS["codiff_code"],
+                cache_mb=1000,
+            ),
+            network=CaVEConfig(widths=(16, 32, 64, 128), blocks=2),
+            quality_weight=1.0,
+            optimizer=OptimizerConfig(
+                learning_rate=1e-3, schedule="cosine", warmup_images=1000, weight_decay=0.0, gradient_clip=1.0,
+                ema_decay=0.0,
+            ),
+            validation=ValidationConfig(every=5_000, images=4, qualities=_UNSEEN_QUALITIES),
+            run=RunConfig(output=Path("runs/cave-small"), images=10_000, batch=16, checkpoint_every=2_000),
+        ),
+    },
+}  # fmt: skip
+"""Command -> preset -> configuration. `paper` is the publication's, `code` what its published code does where that
+differs; `starter` and `small` are small enough for a CPU."""

@@ -117,9 +117,8 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, picture = self._picture(index)
         rng = np.random.default_rng([self.seed, 1, index])
-        margin = self.degradation.margin
-        window = self._augment(self._window(picture, self.crop + margin, rng), rng)
-        pair = degrade(window, self.degradation, rng, margin=margin)
+        window = self._augment(self._window(picture, self.crop + self.degradation.window, rng), rng)
+        pair = degrade(window, self.degradation, rng, margin=self.degradation.margin)
         return {
             "clean": _to_tensor(pair.clean),
             "degraded": _to_tensor(pair.image),

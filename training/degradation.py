@@ -48,11 +48,23 @@ class Degradation:
     """Share of crops decoded by ffmpeg, as ComfyUI's LoadImage does, and not by Pillow (libjpeg)."""
     grayscale_probability: float = 0.0
     """Share of crops stored as one-component JPEGs; their clean crop turns gray as well."""
+    quality_choices: tuple[int, ...] = ()
+    """Quality factors that `choice_probability` of the crops have one of; the others are drawn from the range."""
+    choice_probability: float = 0.0
+    """Share of crops whose quality factor is one of `quality_choices`."""
+    misaligned_probability: float = 0.0
+    """Share of crops that are cut out of a larger JPEG anywhere, so that its block grid is displaced."""
+    misaligned_max: int = 0
+    """Rows and columns that such a JPEG is larger than the crop, and the largest displacement. All crops are cut out of
+    a JPEG of that size, the others from its corner."""
 
     def __post_init__(self) -> None:
         _check_qualities("quality", self.quality_min, self.quality_max)
         _check_qualities("double_quality", self.double_quality_min, self.double_quality_max)
-        for name in ("double_probability", "ffmpeg_probability", "grayscale_probability"):
+        for name in (
+            *("double_probability", "ffmpeg_probability", "grayscale_probability"),
+            *("choice_probability", "misaligned_probability"),
+        ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         unknown = set(self.subsampling) - set(SUBSAMPLINGS)
@@ -60,11 +72,26 @@ class Degradation:
             raise ValueError(f"subsampling names must be among {SUBSAMPLINGS}, got {sorted(map(str, unknown))}")
         if min(self.subsampling.values(), default=0) < 0 or sum(self.subsampling.values()) <= 0:
             raise ValueError(f"subsampling weights must be >= 0 and have a positive sum, got {self.subsampling}")
+        object.__setattr__(self, "quality_choices", tuple(self.quality_choices))
+        if any(not 0 <= quality <= 100 for quality in self.quality_choices):
+            raise ValueError(f"quality_choices must lie in 0..100, got {self.quality_choices}")
+        if self.choice_probability and not self.quality_choices:
+            raise ValueError("choice_probability needs quality_choices, got none")
+        if self.misaligned_max < 0 or (self.misaligned_probability and not self.misaligned_max):
+            raise ValueError(
+                "misaligned_max must not be negative, and positive with misaligned_probability, "
+                f"got {self.misaligned_max}"
+            )
 
     @property
     def margin(self) -> int:
         """Rows and columns of context above and left of a crop that `degrade` can make use of."""
         return MAX_SHIFT if self.shift and self.double_probability > 0 else 0
+
+    @property
+    def window(self) -> int:
+        """Rows and columns that `degrade` takes more than it gives back, the margin included."""
+        return self.margin + self.misaligned_max
 
 
 PRESETS: dict[str, Degradation] = {
@@ -77,9 +104,19 @@ PRESETS: dict[str, Degradation] = {
         shift=True,
         ffmpeg_probability=0.3,
     ),
+    "codiff_paper": Degradation(quality_min=8, quality_max=95),
+    "codiff_code": Degradation(
+        quality_min=8,
+        quality_max=96,
+        quality_choices=(10, 20, 30, 40, 50, 60),
+        choice_probability=0.75,
+        misaligned_probability=0.5,
+        misaligned_max=8,
+    ),
 }
 """`paper`: DriftRec's training data (quality uniform over 0..100, 4:2:0, Pillow, one compression).
-`wide`: a superset for pictures from the internet."""
+`wide`: a superset for pictures from the internet.
+`codiff_paper`: what CODiff's paper says of its training data; `codiff_code`: what its published code does."""
 
 
 class DegradedCrop(NamedTuple):
@@ -92,15 +129,20 @@ class DegradedCrop(NamedTuple):
 
 
 def degrade(image: np.ndarray, degradation: Degradation, rng: np.random.Generator, *, margin: int = 0) -> DegradedCrop:
-    """Compresses a crop as `degradation` draws it; the last compression's block grid starts at the crop's corner.
+    """Compresses a crop as `degradation` draws it; the last compression's block grid starts at the crop's corner, or up
+    to `misaligned_max` pixels before it.
 
-    `image` is uint8 (margin+H, margin+W, 3): the crop with `margin` rows above and columns to the left, which only an
-    earlier, displaced compression looks at. Where the displacement exceeds the margin, edge pixels are repeated.
-    `quality` of the result is the last compression's; `description` holds every draw.
+    `image` is uint8 (margin+H+m, margin+W+m, 3) with m = `misaligned_max`: the crop with `margin` rows above and
+    columns to the left, which only an earlier, displaced compression looks at, and the rest of what the crop is cut
+    out of. Where the displacement exceeds the margin, edge pixels are repeated. `quality` of the result is the last
+    compression's; `description` holds every draw.
     """
     _check_image(image)
-    if min(image.shape[:2]) <= margin or margin < 0:
-        raise ValueError(f"image {image.shape} must be larger than its margin {margin}, which must not be negative")
+    if min(image.shape[:2]) <= margin + degradation.misaligned_max or margin < 0:
+        raise ValueError(
+            f"image {image.shape} must be larger than its margin {margin}, which must not be negative, and "
+            f"misaligned_max {degradation.misaligned_max}"
+        )
     if rng.random() < degradation.grayscale_probability:
         image = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
         gray = True
@@ -108,13 +150,18 @@ def degrade(image: np.ndarray, degradation: Degradation, rng: np.random.Generato
         gray = False
     clean = np.ascontiguousarray(image[margin:, margin:])
     first = _draw_first(degradation, rng)
-    quality = int(rng.integers(degradation.quality_min, degradation.quality_max, endpoint=True))
+    quality = _draw_quality(degradation, rng)
     subsampling = _draw_subsampling(degradation, rng)
     decoder: Decoder = "ffmpeg" if rng.random() < degradation.ffmpeg_probability else "pillow"
+    cut = _draw_cut(degradation, rng)
     source = _compress_displaced(image, margin, gray=gray, **first) if first else clean
     degraded = compress(source, quality, subsampling, decoder, grayscale=gray)
-    drawn = {"quality": quality, "subsampling": subsampling, "decoder": decoder, "grayscale": gray, "first": first}
-    return DegradedCrop(degraded, clean, quality, drawn)
+    drawn = {
+        "quality": quality, "subsampling": subsampling, "decoder": decoder, "grayscale": gray, "first": first,
+        "cut": cut,
+    }  # fmt: skip
+    spare = degradation.misaligned_max
+    return DegradedCrop(_cut_out(degraded, cut, spare), _cut_out(clean, cut, spare), quality, drawn)
 
 
 def compress(
@@ -171,6 +218,28 @@ def _draw_first(degradation: Degradation, rng: np.random.Generator) -> dict[str,
         tuple(int(value) for value in rng.integers(0, MAX_SHIFT, 2, endpoint=True)) if degradation.shift else (0, 0)
     )
     return {"quality": quality, "subsampling": subsampling, "offset": offset}
+
+
+def _draw_quality(degradation: Degradation, rng: np.random.Generator) -> int:
+    if degradation.choice_probability and rng.random() < degradation.choice_probability:
+        return int(rng.choice(degradation.quality_choices))
+    return int(rng.integers(degradation.quality_min, degradation.quality_max, endpoint=True))
+
+
+def _draw_cut(degradation: Degradation, rng: np.random.Generator) -> tuple[int, int]:
+    """Where the crop starts in what is compressed: row and column."""
+    if not degradation.misaligned_probability or rng.random() >= degradation.misaligned_probability:
+        return (0, 0)
+    row, column = rng.integers(0, degradation.misaligned_max, 2, endpoint=True)
+    return (int(row), int(column))
+
+
+def _cut_out(image: np.ndarray, start: tuple[int, int], spare: int) -> np.ndarray:
+    """The crop that is `spare` rows and columns smaller."""
+    if not spare:
+        return image
+    rows, columns = (slice(first, side - spare + first) for first, side in zip(start, image.shape[:2], strict=True))
+    return np.ascontiguousarray(image[rows, columns])
 
 
 def _draw_subsampling(degradation: Degradation, rng: np.random.Generator) -> str:

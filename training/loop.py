@@ -6,19 +6,21 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from restoration.devices import accelerator_available
-from training.checkpoint import Average, read_checkpoint, write_checkpoint
+from training.checkpoint import Average, CheckpointError, read_checkpoint, write_checkpoint
 from training.configs import DataConfig, OptimizerConfig, RunConfig
 from training.data import IndexSampler, PairDataset, make_loader
+from training.optimizers import Learner, learning_rate
 from training.run_folder import RunFolder
 from training.trainers.task import Task
 
@@ -39,6 +41,9 @@ class Trainer:
         folder: Where everything is written.
         validate: Called with the averaged weights in place and the images seen; returns what was measured.
         validate_every: Images between two calls of it.
+
+    Raises:
+        ValueError: The batch cannot be shared out, or the optimiser is not installed.
     """
 
     def __init__(
@@ -50,7 +55,6 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=run.precision, cpu=not accelerator_available())
         self.images = 0
         self.stop_asked = False
-        self._scaler_state: dict[str, Any] | None = None
         share = self.accelerator.num_processes * run.accumulate
         if run.batch % share:
             raise ValueError(
@@ -62,8 +66,9 @@ class Trainer:
         """Run to the end, from the last checkpoint where there is one; saves and returns early on SIGTERM or Ctrl-C.
 
         Raises:
-            TrainingStoppedError: The loss or the gradient is no number.
-            CheckpointError: A checkpoint cannot be written or read.
+            TrainingStoppedError: A loss or a gradient is no number.
+            CheckpointError: A checkpoint cannot be written, read or used.
+            ValueError: The optimiser is not installed.
         """
         self._prepare()
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -82,29 +87,46 @@ class Trainer:
         self.folder.say("stopping after this step; Ctrl-C again stops at once, without saving")
 
     def _prepare(self) -> None:
-        self.task.model.to(self.accelerator.device)
-        self.average = Average(self.task.model, self.optimizer_config.ema_decay)
-        trained = [parameter for parameter in self.task.model.parameters() if parameter.requires_grad]
-        config = self.optimizer_config
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        if self.folder.checkpoint.exists():
-            self._restore(read_checkpoint(self.folder.checkpoint), optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(self.task.model, optimizer)
-        if self.accelerator.scaler is not None and self._scaler_state is not None:
-            self.accelerator.scaler.load_state_dict(self._scaler_state)
+        task, device = self.task, self.accelerator.device
+        task.model.to(device)
+        self.model = Learner(task.model, self.optimizer_config, store_frozen=task.stores_frozen)
+        self.critic: Learner | None = None
+        if task.critic is not None:
+            self.critic = Learner(task.critic.to(device), task.critic_optimizer)
+        state = read_checkpoint(self.folder.checkpoint) if self.folder.checkpoint.exists() else None
+        if state is not None:
+            self._restore(state)
+        decay = self.optimizer_config.ema_decay
+        self.average = Average(task.model, decay) if decay else None
+        if self.average is not None and state is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
+        for learner in self._learners():
+            learner.prepare(self.accelerator)
 
-    def _restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        self.task.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+    def _learners(self) -> list[Learner]:
+        return [self.model] if self.critic is None else [self.model, self.critic]
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state)
+        if self.critic is not None:
+            if state.get("critic") is None:
+                raise CheckpointError(f"{self.folder.checkpoint} has no critic in it. Remove it to start anew.")
+            self.critic.load_state_dict(state["critic"])
         self.images = int(state["images"])
-        self._scaler_state = state.get("scaler")
+        if self.accelerator.scaler is not None and state.get("scaler") is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.folder.say(f"going on from {self.folder.checkpoint} at {self.images} images")
 
     def _loop(self) -> None:
         run = self.run_config
+        if self.images >= run.images and self.folder.measured_at() == self.images:
+            self._on_main(self._export)
+            self.folder.say(
+                f"this run is finished: {self.images} of {run.images} images. A larger --run.images goes on."
+            )
+            return
         if self.images == 0:
-            self._validate()
+            self._on_main(self._measure)
         progress = self.folder.progress(self.images, run.images)
         saved_at, saved_time = self.images, time.monotonic()
         for micro_batches in self._batches():
@@ -119,20 +141,21 @@ class Trainer:
             stop = self._anyone_asked_to_stop()
             validation_due = self.images // self.validate_every > before // self.validate_every
             if validation_due and self.images < run.images and not stop:
-                self._validate()
+                self._on_main(self._measure)
             if due or stop or validation_due:
                 self._save()
                 saved_at, saved_time = self.images, time.monotonic()
             if stop:
                 progress.close()
+                self._on_main(self._export)
                 self.folder.say(
-                    f"asked to stop: saved at {self.images} images; repeat the command to go on. "
-                    f"{self.folder.restorer.name} is from the last validation."
+                    f"asked to stop: saved at {self.images} images, {self.folder.restorer.name} as well; "
+                    "repeat the command to go on."
                 )
                 return
         progress.close()
         self._save()
-        self._validate()
+        self._on_main(self._measure)
 
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         """Lists of `accumulate` micro-batches, one list for each optimiser step of this process."""
@@ -147,45 +170,57 @@ class Trainer:
             yield micro_batches
 
     def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
-        learning_rate = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        generator = self._generator()
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        """One step of the model, and of its critic on what the model gave before it."""
+        generator, statistics = self._generator(), {"loss": 0.0}
+        rates = [learning_rate(learner.config, self.images, self.run_config.batch, self.run_config.images)
+                 for learner in self._learners()]  # fmt: skip
+        for learner, rate in zip(self._learners(), rates, strict=True):
+            learner.begin(rate)
         for number, batch in enumerate(micro_batches):
-            total += self._backward(batch, generator, last=number == len(micro_batches) - 1) / len(micro_batches)
-        norm = self._clip(micro_batches)
-        self.optimizer.step()
-        if not self.optimizer.step_was_skipped:  # as fp16's loss scaling does when it overflows
-            self.average.update(self.task.model)
-        return {"loss": total, "gradient_norm": norm, "learning_rate": learning_rate}
+            last = number == len(micro_batches) - 1
+            moved = {key: value.to(self.accelerator.device) if torch.is_tensor(value) else value
+                     for key, value in batch.items()}  # fmt: skip
+            with self.critic.frozen() if self.critic is not None else nullcontext():
+                loss = self._backward(self.model, self.task.loss, moved, generator, last=last)
+            statistics["loss"] += loss / len(micro_batches)
+            if self.critic is not None:
+                loss = self._backward(self.critic, self.task.critic_loss, moved, generator, last=last)
+                statistics["critic_loss"] = statistics.get("critic_loss", 0.0) + loss / len(micro_batches)
+        norms = self._take_steps(micro_batches)
+        statistics |= {"gradient_norm": norms[0], "learning_rate": rates[0]}
+        return statistics if self.critic is None else {**statistics, "critic_gradient_norm": norms[1]}
 
-    def _backward(self, batch: dict[str, Any], generator: torch.Generator, *, last: bool) -> float:
-        moved = {
-            key: value.to(self.accelerator.device) if torch.is_tensor(value) else value for key, value in batch.items()
-        }
-        if last:
-            loss = self.task.loss(self.model, moved, generator)
+    def _backward(
+        self, learner: Learner, loss_of: Callable[..., Tensor], batch: dict[str, Any], generator: torch.Generator, *,
+        last: bool,
+    ) -> float:  # fmt: skip
+        """The gradients of one micro-batch; processes exchange them with the last one."""
+        with nullcontext() if last else self.accelerator.no_sync(learner.wrapped):
+            loss = loss_of(learner.wrapped, batch, generator)
             self.accelerator.backward(loss / self.run_config.accumulate)
-        else:
-            with self.accelerator.no_sync(self.model):
-                loss = self.task.loss(self.model, moved, generator)
-                self.accelerator.backward(loss / self.run_config.accumulate)
         value = float(loss.detach())
         if not math.isfinite(value):
-            self._stop(f"the loss is {value}", [batch])
+            self._stop(f"the {self._name(learner)}loss is {value}", [batch])
         return value
 
-    def _clip(self, micro_batches: list[dict[str, Any]]) -> float:
-        limit = self.optimizer_config.gradient_clip or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit) or 0.0)
-        if not math.isfinite(norm) and self.run_config.precision != "fp16":  # fp16's loss scaling skips such steps
-            self._stop(f"the gradient's norm is {norm}", micro_batches)
-        return norm
+    def _take_steps(self, micro_batches: list[dict[str, Any]]) -> list[float]:
+        """Clip, step and average; the norms of the gradients."""
+        scaler, norms = self.accelerator.scaler, []
+        for learner in self._learners():
+            norm = learner.step(scaler)
+            if not math.isfinite(norm) and self.run_config.precision != "fp16":  # fp16's loss scaling skips such steps
+                self._stop(f"the {self._name(learner)}gradient's norm is {norm}", micro_batches)
+            norms.append(norm)
+        if scaler is not None:
+            scaler.update()
+        if self.average is not None and math.isfinite(norms[0]):
+            self.average.update(self.task.model)
+        return norms
 
-    def _stop(self, what: str, batches: list[dict[str, Any]]) -> None:
+    def _name(self, learner: Learner) -> str:
+        return "critic's " if learner is self.critic else ""
+
+    def _stop(self, what: str, batches: list[dict[str, Any]]) -> NoReturn:
         pictures = ", ".join(
             f"{Path(path).name} (index {int(index)})"
             for batch in batches
@@ -203,17 +238,17 @@ class Trainer:
         torch.manual_seed(seed)  # dropout has no other source
         return torch.Generator(device=self.accelerator.device).manual_seed(seed)
 
-    def _learning_rate(self) -> float:
-        config = self.optimizer_config
-        rise = min(1.0, (self.images + self.run_config.batch) / config.warmup_images) if config.warmup_images else 1.0
-        if config.schedule == "constant":
-            return config.learning_rate * rise
-        done = min(1.0, self.images / self.run_config.images)
-        return config.learning_rate * rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-
-    def _validate(self) -> None:
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Run `work` in the main process, on the averaged weights, in evaluation mode, without gradients."""
         if self.accelerator.is_main_process:
-            self._with_average(self._measure)
+            model: nn.Module = self.task.model
+            with self.average.in_place(model) if self.average is not None else nullcontext():
+                model.eval()
+                try:
+                    with torch.no_grad():
+                        work()
+                finally:
+                    model.train()
         self.accelerator.wait_for_everyone()
 
     def _measure(self) -> None:
@@ -221,24 +256,16 @@ class Trainer:
         self.folder.log(self.images, {f"validation/{key}": value for key, value in figures.items()})
         self.folder.export(self.task, self.images, figures, self.run_config)
 
-    def _with_average(self, work: Callable[[], None]) -> None:
-        """Run `work` on the averaged weights, in evaluation mode, without gradients."""
-        model: nn.Module = self.task.model
-        self.average.swap(model)
-        model.eval()
-        try:
-            with torch.no_grad():
-                work()
-        finally:
-            self.average.swap(model)
-            model.train()
+    def _export(self) -> None:
+        """Write the restorer file without measuring: it keeps the figures of the last validation."""
+        self.folder.export(self.task, self.images, None, self.run_config)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             state = {
-                "model": self.task.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                **self.model.state_dict(),
+                "average": self.average.state_dict() if self.average is not None else None,
+                "critic": self.critic.state_dict() if self.critic is not None else None,
                 "images": self.images,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             }

@@ -12,33 +12,19 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from restoration.restorer_file import half, write_restorer
+from restoration.restorer_file import RestorerFileError, half, read_metadata, write_restorer
 from training.config_files import to_plain, to_yaml
 from training.configs import RunConfig
 from training.trainers.task import Task
 
-# What may differ when a run goes on: all that does not change what is trained.
 _MAY_CHANGE = (
-    *(
-        "run.images",
-        "run.batch",
-        "run.accumulate",
-        "run.precision",
-        "run.output",
-        "run.init_from",
-        "run.license",
-        "run.half",
-    ),
-    *(
-        "run.checkpoint_every",
-        "run.checkpoint_minutes",
-        "data.train",
-        "data.validation",
-        "data.workers",
-        "data.cache_mb",
-    ),
-    *("validation", "optimizer"),
+    *("run.images", "run.batch", "run.accumulate", "run.precision", "run.output", "run.init_from", "run.license"),
+    *("run.half", "run.checkpoint_every", "run.checkpoint_minutes"),
+    *("data.train", "data.validation", "data.workers", "data.cache_mb", "validation", "optimizer"),
 )
+"""What may differ when a run goes on: all that does not change what is trained."""
+_MUST_NOT_CHANGE = ("optimizer.eight_bit",)
+"""Exceptions to it: the stored states of the optimiser would not fit."""
 
 
 class RunFolderError(RuntimeError):
@@ -68,23 +54,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         described = self.path / "config.yaml"
         stored = self.path / "config.json"
-        if stored.exists() and self.checkpoint.exists():
-            self._compare(json.loads(stored.read_text(encoding="utf-8")))
         stored.write_text(json.dumps({"command": self.command, **to_plain(self.config)}, indent=1), encoding="utf-8")
         described.write_text(
             f"# python -m training {self.command} --config {described}\n{to_yaml(self.config)}", encoding="utf-8"
         )
         self._writer = SummaryWriter(str(self.path / "tensorboard"))
-
-    def _compare(self, before: dict[str, Any]) -> None:
-        now = _flat({"command": self.command, **to_plain(self.config)})
-        then = _flat(before)
-        changed = [key for key in now if now[key] != then.get(key, now[key]) and not key.startswith(_MAY_CHANGE)]
-        if changed:
-            listed = ", ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed[:4])
-            raise RunFolderError(
-                f"{self.path} holds another run ({listed}). Give --run.output another folder, or remove this one."
-            )
 
     def say(self, text: str) -> None:
         """Print a line without tearing the progress bar."""
@@ -119,21 +93,59 @@ class RunFolder:
         Image.fromarray(pixels).save(folder / f"{images:09d}.png")
         self._writer.add_image("before, after, clean", grid, images)
 
-    def export(self, task: Task, images: int, figures: dict[str, float], run: RunConfig) -> None:
-        """Write the restorer file from the task's present weights."""
-        training = {
-            **self.provenance,
-            "images": images,
-            "metrics": {key: round(value, 5) for key, value in figures.items()},
-            "date": datetime.date.today().isoformat(),
-        }
+    def export(self, task: Task, images: int, figures: dict[str, float] | None, run: RunConfig) -> None:
+        """Write the restorer file from the task's present weights; without `figures` it keeps those that it has."""
+        if figures is None:
+            before = self._exported() or {}
+            measured = {key: before[key] for key in ("metrics", "measured_at") if key in before}
+        else:
+            rounded = {key: round(value, 5) for key, value in figures.items()}
+            measured = {"metrics": rounded, "measured_at": images}
+        training = {**self.provenance, "images": images, **measured, "date": datetime.date.today().isoformat()}
         tensors = half(task.tensors()) if run.half else task.tensors()
         write_restorer(self.restorer, task.metadata(training, run.license), tensors)
+
+    def measured_at(self) -> int | None:
+        """Images that the restorer file's weights had seen when its figures were measured; None without such a file."""
+        return (self._exported() or {}).get("measured_at")
+
+    def _exported(self) -> dict[str, Any] | None:
+        """What the restorer file of this folder says of its training; None where there is no whole one."""
+        if not self.restorer.exists():
+            return None
+        try:
+            training = read_metadata(self.restorer).training
+        except RestorerFileError:
+            return None
+        return {"measured_at": training.get("images"), **training}  # files of the first version were always measured
 
     def close(self) -> None:
         """Flush the logs."""
         if self._writer is not None:
             self._writer.close()
+
+
+def check_same_run(path: Path, command: str, config: Any) -> None:
+    """Compare with what the folder holds, if it holds a run that can go on.
+
+    Raises:
+        RunFolderError: It is another run; what differs is named.
+    """
+    stored = path / "config.json"
+    if not (stored.exists() and (path / "checkpoint.pt").exists()):
+        return
+    now = _flat({"command": command, **to_plain(config)})
+    then = _flat(json.loads(stored.read_text(encoding="utf-8")))
+    changed = [key for key in now if now[key] != then.get(key, now[key]) and not _may_change(key)]
+    if changed:
+        listed = ", ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed[:4])
+        raise RunFolderError(
+            f"{path} holds another run ({listed}). Give --run.output another folder, or remove this one."
+        )
+
+
+def _may_change(key: str) -> bool:
+    return key.startswith(_MAY_CHANGE) and not key.startswith(_MUST_NOT_CHANGE)
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from restoration.devices import accelerator_available
 from restoration.restorer_file import read_restorer
+from training.checkpoint import read_checkpoint
+from training.commands import COMMANDS
 from training.config_files import to_yaml
-from training.configs import DriftRecConfig, RegressionConfig
 from training.data import PairDataset, find_images, scan_images
 from training.loop import Trainer
-from training.run_folder import RunFolder
-from training.trainers.score import DriftRecTask, RegressionTask
-from training.trainers.task import Task
+from training.run_folder import RunFolder, check_same_run
 from training.validation import Validation, split_pictures
 
 
@@ -23,18 +24,21 @@ class Session:
     """One command, with everything checked before the first step.
 
     Args:
-        command: `driftrec` or `regression`.
-        config: Its configuration.
+        command: One of `COMMANDS`.
+        config: Its configuration: a dataclass with `data`, `optimizer`, `validation` and `run`.
 
     Raises:
         FileNotFoundError: A folder is missing or holds no picture.
-        ValueError: No picture is readable, or the configuration contradicts itself.
+        ValueError: No picture is readable, the file to start from does not fit, or the configuration contradicts
+            itself.
+        RunFolderError: The folder of the run holds another one.
     """
 
-    def __init__(self, command: str, config: DriftRecConfig | RegressionConfig) -> None:
+    def __init__(self, command: str, config: Any) -> None:
         self.command, self.config = command, config
-        _check_crops(config)
         self.state = PartialState(cpu=not accelerator_available())
+        if self.state.is_main_process:
+            check_same_run(config.run.output, command, config)
         self._say(f"looking at the pictures in {config.data.train} ...")
         self.training, self.broken = _readable(config.data.train)
         if config.data.validation is None:
@@ -42,68 +46,86 @@ class Session:
         else:
             self.validation, broken = _readable(config.data.validation)
             self.broken += broken
-        self.task = _make_task(config)
-        self.resuming = (config.run.output / "checkpoint.pt").exists()
-        if config.run.init_from is not None and not self.resuming:
-            self.task.load(read_restorer(config.run.init_from).tensors)
+        self.task = COMMANDS[command].make_task(config)
+        _check_crops(self.task.size_multiple, config)
+        self.checkpoint = config.run.output / "checkpoint.pt"
+        self.resuming = self.checkpoint.exists()
+        if config.run.init_from is not None:
+            self._start_from(config.run.init_from)
+
+    def _start_from(self, path: Path) -> None:
+        if self.resuming:
+            self._say(f"--run.init-from {path} is not used again: the run goes on from its checkpoint")
+            return
+        try:
+            self.task.load(read_restorer(path).tensors)
+        except ValueError as error:
+            raise ValueError(f"--run.init-from {path}: {str(error).removeprefix(f'{path.name}: ')}") from error
 
     def describe(self) -> None:
-        """Print the resolved configuration, the parameters and the data that was found."""
-        parameters = sum(parameter.numel() for parameter in self.task.model.parameters())
-        self._say(to_yaml(self.config).rstrip())
-        self._say(f"network: {parameters:,} parameters, {parameters * 2 / 2**20:.1f} MiB in half precision")
+        """Print the resolved configuration, the parameters, the data that was found, and where the run stands."""
+        config, state = self.config, self.state
+        self._say(to_yaml(config).rstrip())
+        self._say(f"network: {_counted(self.task.model)}")
+        if self.task.critic is not None:
+            self._say(f"critic: {_counted(self.task.critic)}")
         self._say(f"data: {len(self.training)} pictures to train on, {len(self.validation)} for validation, "
                   f"{len(self.broken)} skipped as unreadable")  # fmt: skip
         for path, reason in self.broken:
             self._say(f"  skipped {path}: {reason}")
-        device = self.state.device
-        self._say(f"device: {device}, {self.state.num_processes} process(es); {torch.get_num_threads()} CPU threads")
-        self._say(f"run: {self.config.run.output} ({'goes on' if self.resuming else 'new'})")
+        self._say(f"device: {state.device}, {state.num_processes} process(es); {torch.get_num_threads()} CPU threads")
+        stands = "new"
+        if self.resuming:
+            stands = f"goes on at {read_checkpoint(self.checkpoint)['images']} of {config.run.images} images"
+        self._say(f"run: {config.run.output} ({stands})")
 
     def train(self) -> None:
         """Train to the end."""
         config = self.config
-        data = config.data
-        dataset = PairDataset(
-            self.training,
-            data.crop,
-            data.degradation,
-            seed=config.run.seed,
-            augmentation=data.augmentation,
-            flips=data.flips,
-            rotations=data.rotations,
-            downscale=data.downscale,
-            cache_mb=data.cache_mb,
-        )
         provenance = {"data": f"{len(self.training)} pictures", "device": _device_name(self.state.device)}
         folder = RunFolder(
             config.run.output, self.command, config, main=self.state.is_main_process, provenance=provenance
         )
-        validation = Validation(
-            config.validation, self.validation, config.network.size_multiple, folder.show, folder.say
-        )
+        validation = Validation(config.validation, self.validation, self.task.size_multiple, folder.show, folder.say)
         trainer = Trainer(
-            self.task, dataset, data, config.optimizer, config.run, folder,
+            self.task, self._dataset(), config.data, config.optimizer, config.run, folder,
             lambda images: validation(self.task, images), config.validation.every,
         )  # fmt: skip
         trainer.train()
         if trainer.images >= config.run.images:
             self._say(f"done: {folder.restorer} is ready; copy it into ComfyUI/models/jpeg_restorers")
 
+    def _dataset(self) -> PairDataset:
+        data = self.config.data
+        return PairDataset(
+            self.training,
+            data.crop,
+            data.degradation,
+            seed=self.config.run.seed,
+            augmentation=data.augmentation,
+            flips=data.flips,
+            rotations=data.rotations,
+            downscale=data.downscale,
+            cache_mb=data.cache_mb,
+        )
+
     def _say(self, text: str) -> None:
         if self.state.is_main_process:
             print(text, flush=True)
 
 
-def _check_crops(config: DriftRecConfig | RegressionConfig) -> None:
-    multiple = config.network.size_multiple
+def _check_crops(multiple: int, config: Any) -> None:
     for name, crop in (("data.crop", config.data.crop), ("validation.crop", config.validation.crop)):
         if crop < multiple or crop % multiple:
             raise ValueError(f"{name}: expected a multiple of {multiple}, which this network needs, got {crop}.")
 
 
-def _make_task(config: DriftRecConfig | RegressionConfig) -> Task:
-    return DriftRecTask(config) if isinstance(config, DriftRecConfig) else RegressionTask(config)
+def _counted(module: nn.Module) -> str:
+    parameters = list(module.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    of_them = f", {trained:,} of them trained" if trained < total else ""
+    return f"{total:,} parameters{of_them}, {total * 2 / 2**20:.1f} MiB in half precision"
 
 
 def _readable(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:

@@ -68,32 +68,37 @@ class Validation:
         return pictures
 
     def __call__(self, task: Task, images: int) -> dict[str, float]:
-        """The mean of each measure at each quality, as `psnr/qf10`, the JPEG's own as `jpeg_psnr/qf10`."""
+        """The mean of each measure at each quality, as `psnr/qf10`, the JPEG's own as `jpeg_psnr/qf10`.
+
+        What `task.measure` adds is there under its own names, e.g. as `quality_error/qf10`.
+        """
         device = next(task.model.parameters()).device
         if self.lpips is not None:
             self.lpips.to(device)
         figures: dict[str, float] = {}
         rows: list[Tensor] = []
+        shown_quality = self.config.qualities[min(1, len(self.config.qualities) - 1)]
         for quality in self.config.qualities:
             for number, picture in enumerate(self.pictures):
                 clean = _tensor(picture).to(device)
                 degraded = _tensor(compress(picture, quality)).to(device)
                 restored = task.restore(degraded, seed=number)
-                self._add(figures, restored, clean, f"qf{quality}", "")
-                self._add(figures, degraded, clean, f"qf{quality}", "jpeg_")
-                if (
-                    quality == self.config.qualities[min(1, len(self.config.qualities) - 1)]
-                    and number < self.config.shown
-                ):
+                measured = {
+                    **self._measured(restored, clean, ""),
+                    **self._measured(degraded, clean, "jpeg_"),
+                    **task.measure(degraded, torch.tensor([float(quality)], device=device)),
+                }
+                for key, value in measured.items():
+                    figures[f"{key}/qf{quality}"] = figures.get(f"{key}/qf{quality}", 0.0) + value / len(self.pictures)
+                if quality == shown_quality and number < self.config.shown:
                     rows.append(torch.cat([degraded, restored, clean], dim=-1))
-        figures = {key: value / len(self.pictures) for key, value in figures.items()}
         widest = max(row.shape[-1] for row in rows)
         grid = torch.cat([F.pad(row, (0, widest - row.shape[-1])) for row in rows], dim=-2)
         self.show(images, grid[0])
-        self.say(self._table(figures, images))
+        self.say(_table(figures, images, self.config.qualities))
         return figures
 
-    def _add(self, figures: dict[str, float], image: Tensor, clean: Tensor, quality: str, prefix: str) -> None:
+    def _measured(self, image: Tensor, clean: Tensor, prefix: str) -> dict[str, float]:
         measured = {
             "psnr": metrics.psnr(image, clean).clamp(max=100),
             "ssim": metrics.ssim(image, clean),
@@ -101,20 +106,20 @@ class Validation:
         }
         if self.lpips is not None:
             measured["lpips"] = self.lpips(image, clean)
-        for key, value in measured.items():
-            name = f"{prefix}{key}/{quality}"
-            figures[name] = figures.get(name, 0.0) + float(value)
+        return {prefix + key: float(value) for key, value in measured.items()}
 
-    def _table(self, figures: dict[str, float], images: int) -> str:
-        measures = ["psnr", "ssim", "psnr_b"] + (["lpips"] if self.lpips is not None else [])
-        lines = [f"validation at {images} images (JPEG -> restored)"]
-        for quality in self.config.qualities:
-            cells = [
-                f"{key} {figures[f'jpeg_{key}/qf{quality}']:.3f} -> {figures[f'{key}/qf{quality}']:.3f}"
-                for key in measures
-            ]
-            lines.append(f"  QF {quality:>3}: " + ", ".join(cells))
-        return "\n".join(lines)
+
+def _table(figures: dict[str, float], images: int, qualities: Sequence[int]) -> str:
+    """One row a quality; measures that the JPEG has as well are shown as before -> after."""
+    names = list(dict.fromkeys(key.split("/")[0] for key in figures))
+    lines = [f"validation at {images} images (JPEG -> restored)"]
+    for quality in qualities:
+        cells = []
+        for name in (name for name in names if not name.startswith("jpeg_")):
+            before = f"{figures[f'jpeg_{name}/qf{quality}']:.3f} -> " if f"jpeg_{name}" in names else ""
+            cells.append(f"{name.replace('_', ' ')} {before}{figures[f'{name}/qf{quality}']:.3f}")
+        lines.append(f"  QF {quality:>3}: " + ", ".join(cells))
+    return "\n".join(lines)
 
 
 def _centre(picture: np.ndarray, side: int, multiple: int) -> np.ndarray:

@@ -14,17 +14,20 @@ from restoration.diffusion.sde import make_sde
 from restoration.networks.ncsnpp import NCSNpp
 from restoration.restorer_file import RestorerFileError, RestorerMetadata
 from training.configs import DriftRecConfig, RegressionConfig
+from training.trainers.task import TaskDefaults
 
 
-class DriftRecTask:
+class DriftRecTask(TaskDefaults):
     """Denoising score matching along the drift (paper Eq. 9; here as a weighted error of the predicted image).
 
     For the paper's `noise` prediction the loss is half the squared error of the noise. The authors sum over a picture
     where this takes the mean; AdamW does not tell the two apart.
     """
 
+    stores_frozen = True  # the frequencies of the noise level
+
     def __init__(self, config: DriftRecConfig) -> None:
-        self.config = config
+        self.config, self.size_multiple = config, config.network.size_multiple
         sde = make_sde(
             config.sde.name, sigma_min=config.sde.sigma_min, sigma_max=config.sde.sigma_max, gamma=config.sde.drift
         )
@@ -60,11 +63,13 @@ class DriftRecTask:
         place_weights(self.model.network, _network_tensors(tensors))
 
 
-class RegressionTask:
+class RegressionTask(TaskDefaults):
     """The mean squared (or absolute) error of the restored picture."""
 
+    stores_frozen = True
+
     def __init__(self, config: RegressionConfig) -> None:
-        self.config = config
+        self.config, self.size_multiple = config, config.network.size_multiple
         network = _new_network(NCSNpp(config.network), config.run.seed)
         self.model = RegressionRestorer(network, config.residual_scale, 1.0 if config.network.conditional else None)
 

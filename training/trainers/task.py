@@ -8,22 +8,59 @@ import torch
 from torch import Tensor, nn
 
 from restoration.restorer_file import RestorerMetadata
+from training.configs import OptimizerConfig
 
 
 class Task(Protocol):
-    """One kind of training."""
+    """One kind of training. `TaskDefaults` has what most of them need not say."""
 
     @property
     def model(self) -> nn.Module:
-        """What is trained; its parameters are averaged, stored and exported."""
+        """What is trained: those of its parameters that require a gradient are optimised, averaged and stored.
+
+        The loop calls `train()` and `eval()` on it; parts that must stay in evaluation mode override `train`.
+        """
+        ...
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of training and validation crops are multiples of this."""
+        ...
+
+    @property
+    def stores_frozen(self) -> bool:
+        """Whether checkpoints hold the model's frozen weights, too: where they come from nowhere else."""
+        ...
+
+    @property
+    def critic(self) -> nn.Module | None:
+        """A second network, trained against the first with its own optimiser; None for none.
+
+        Its parameters are frozen while `loss` runs, where it may be called directly, and free while `critic_loss` does.
+        """
+        ...
+
+    @property
+    def critic_optimizer(self) -> OptimizerConfig:
+        """The critic's optimiser; its weights are never averaged."""
         ...
 
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """The loss of a batch (`clean`, `degraded` of shape (B, 3, H, W)); `model` is `self.model`, perhaps wrapped."""
+        """The loss of a batch (`clean`, `degraded` (B, 3, H, W), `quality` (B,)); `model` is `self.model`, perhaps
+        wrapped."""
+        ...
+
+    def critic_loss(self, critic: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """The critic's loss, asked for right after `loss` of the same batch; `critic` is `self.critic`, perhaps
+        wrapped. What `loss` kept for it must be detached."""
         ...
 
     def restore(self, degraded: Tensor, seed: int) -> Tensor:
         """Restore (B, 3, H, W) as the nodes would by default."""
+        ...
+
+    def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
+        """Further figures for the validation: of images (B, 3, H, W) and their JPEG quality (B,)."""
         ...
 
     def metadata(self, training: dict[str, Any], license: str) -> RestorerMetadata:
@@ -37,3 +74,17 @@ class Task(Protocol):
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Start from the tensors of a restorer file."""
         ...
+
+
+class TaskDefaults:
+    """A task without a critic, without frozen weights to store and without figures of its own."""
+
+    stores_frozen: bool = False
+    critic: nn.Module | None = None
+    critic_optimizer: OptimizerConfig = OptimizerConfig()
+
+    def critic_loss(self, critic: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        raise NotImplementedError("this task has no critic")
+
+    def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
+        return {}

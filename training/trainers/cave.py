@@ -1,0 +1,86 @@
+"""CODiff's first stage: CaVE learns to restore JPEGs (implicitly) and to tell their quality (explicitly).
+
+The paper's loss is L_QF + 1000 L_rec (Guo et al. 2025, Eq. 5); its code's L_rec + 0.001 L_QF is the same to Adam.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restoration.networks.cave import STRIDE, CaVE
+from restoration.restorer_file import RestorerFileError, RestorerMetadata
+from training.configs import CaVETrainingConfig
+from training.trainers.task import TaskDefaults
+
+_PART = "prompt."
+
+
+class CaVETask(TaskDefaults):
+    """The absolute errors of the reconstruction and of the level (100 - quality) / 100."""
+
+    stores_frozen = True  # the half that is not learnt, where one of the two is turned off
+    size_multiple = STRIDE
+
+    def __init__(self, config: CaVETrainingConfig) -> None:
+        self.config = config
+        self.model = CaVE(config.network)
+        self.model.initialize(torch.Generator().manual_seed(config.run.seed))
+        if not config.explicit:
+            self.model.qf_pred.requires_grad_(False)
+        if not config.implicit:
+            for part in self._decoder():
+                part.requires_grad_(False)
+
+    def _decoder(self) -> list[nn.Module]:
+        model = self.model
+        return [model.m_body_decoder, model.m_up3, model.m_up2, model.m_up1, model.m_tail]
+
+    def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        reconstruction, level = model(batch["degraded"])
+        total = torch.zeros((), device=level.device)
+        if self.config.implicit:
+            total = total + (reconstruction - batch["clean"]).abs().mean()
+        if self.config.explicit:
+            expected = (100 - batch["quality"]) / 100
+            total = total + self.config.quality_weight * (level.float() - expected).abs().mean()
+        return total
+
+    def restore(self, degraded: Tensor, seed: int) -> Tensor:
+        """The reconstruction; meaningless without the implicit learning."""
+        return self.model(degraded)[0].clamp(0, 1)
+
+    def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
+        """`quality_error`: the mean absolute error of the estimated quality, as the nodes estimate it."""
+        if not self.config.explicit:
+            return {}
+        estimated = self.model.quality(self.model.encode(degraded))
+        return {"quality_error": float((estimated - quality).abs().mean())}
+
+    def metadata(self, training: dict[str, Any], license: str) -> RestorerMetadata:
+        return RestorerMetadata("cave", {"cave": self.config.network.to_dict()}, training=training, license=license)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {_PART + key: value for key, value in self.model.state_dict().items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Start from a whole CaVE of the same shape: a restorer file of this stage.
+
+        Raises:
+            RestorerFileError: It is another network, or a CaVE without its decoder, as CODiff's files hold.
+        """
+        given = {key.removeprefix(_PART): value for key, value in tensors.items() if key.startswith(_PART)}
+        state = self.model.state_dict()
+        wrong = sorted(
+            key for key in state.keys() | given.keys()
+            if key not in state or key not in given or state[key].shape != given[key].shape
+        )  # fmt: skip
+        if wrong:
+            raise RestorerFileError(
+                f"expected a whole CaVE of widths {self.config.network.widths}, {self.config.network.blocks} blocks each, "
+                f"got one where {wrong[0]} is missing, left over or of another shape. Choose a file of "
+                "`python -m training cave` with the same network."
+            )
+        self.model.load_state_dict(given)

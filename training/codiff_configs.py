@@ -166,8 +166,6 @@ PRESETS = {
 }
 """`paper`: the publication's, in batches of 32 (8 on each of four cards); its precision is not in the paper.
 `code`: what the authors' scripts do: batches of 64, weight decay 0.01, fp16, a discriminator that teaches nothing.
-`24gb`, `12gb`: `paper` on one card, 8 pictures at a time, everything frozen in bfloat16; the second computes activations
-twice.
-
-Not measured on such cards, but counted from the shapes of all tensors that are alive at once: 17.5 and 7.4 GiB, and 22
-for 8 pictures of `paper`; CUDA itself takes one or two more. Optimisers in 8 bits would save 0.4."""
+`24gb`, `12gb`: `paper` on one card, 8 pictures at a time, everything frozen in bfloat16; `12gb` computes activations
+twice. Not measured on such cards, but counted from the shapes of all tensors that are alive at once: 17.5 and 7.4 GiB
+(22 for 8 pictures of `paper`), to which CUDA adds one or two. Optimisers in 8 bits would save 0.4."""

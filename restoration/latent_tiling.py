@@ -48,9 +48,7 @@ def latent_tiles(height: int, width: int, tile: int, overlap: int, align: int = 
         ValueError: The overlap is negative or more than half a tile, or the tile no multiple of `align`.
     """
     if tile < 1 or not 0 <= overlap <= tile // 2:
-        raise ValueError(
-            f"expected an overlap from 0 to half the tile, {tile // 2}, got {overlap}. Lower the overlap."
-        )
+        raise ValueError(f"expected an overlap from 0 to half the tile, {tile // 2}, got {overlap}. Lower the overlap.")
     if (tile - overlap) % align:
         raise ValueError(f"expected tile - overlap to be a multiple of {align}, got {tile} - {overlap}.")
     rows, columns = _spans(height, tile, overlap, align), _spans(width, tile, overlap, align)

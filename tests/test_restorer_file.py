@@ -208,7 +208,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         ({"version": True}, "lacks a valid version"),
         ({"version": "1"}, "lacks a valid version"),
         ({"version": 1.0}, "lacks a valid version"),
-        ({"family": "vae"}, "unknown family 'vae', expected one of codiff"),
+        ({"family": "vae"}, "unknown family 'vae', expected one of cave"),
         ({"family": ["driftrec"]}, "lacks a valid family"),
         ({"config": "{}"}, "lacks a valid config"),
         ({"base": 3}, "lacks a valid base"),

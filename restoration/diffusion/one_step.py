@@ -51,6 +51,7 @@ def predict_x0(latent: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     Computed in float32 at least and returned so (CODiff Eq. 3; Guo et al. 2025).
     """
     dtype = torch.promote_types(latent.dtype, torch.float32)
-    abar = alphas_cumprod.to(latent.device).reshape(-1, *(1,) * (latent.dim() - 1))
-    signal, noise = abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+    abar = alphas_cumprod.reshape(-1, *(1,) * (latent.dim() - 1))
+    # Cast before they move: not every device has float64.
+    signal, noise = (value.sqrt().to(dtype).to(latent.device) for value in (abar, 1 - abar))
     return (latent.to(dtype) - noise * eps.to(dtype)) / signal

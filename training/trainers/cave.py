@@ -79,8 +79,8 @@ class CaVETask(TaskDefaults):
         )  # fmt: skip
         if wrong:
             raise RestorerFileError(
-                f"expected a whole CaVE of widths {self.config.network.widths}, {self.config.network.blocks} blocks each, "
-                f"got one where {wrong[0]} is missing, left over or of another shape. Choose a file of "
+                f"expected a whole CaVE of widths {self.config.network.widths}, {self.config.network.blocks} blocks "
+                f"each, got one where {wrong[0]} is missing, left over or of another shape. Choose a file of "
                 "`python -m training cave` with the same network."
             )
         self.model.load_state_dict(given)

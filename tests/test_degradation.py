@@ -121,6 +121,83 @@ def test_paper_preset_covers_qualities_0_to_100_and_nothing_else(crop):
     }
 
 
+def test_codiffs_paper_draws_qualities_8_to_95_alike(crop):
+    rng = generator()
+    small = np.ascontiguousarray(crop[:8, :8])
+    drawn = [degrade(small, PRESETS["codiff_paper"], rng).description for _ in range(1500)]
+    assert {d["quality"] for d in drawn} == set(range(8, 96))
+    assert {(d["subsampling"], d["decoder"], d["grayscale"], d["first"], d["cut"]) for d in drawn} == {
+        ("4:2:0", "pillow", False, None, (0, 0))
+    }
+
+
+def test_codiffs_code_draws_tens_three_times_of_four_and_cuts_half_off_the_grid(crop):
+    law = PRESETS["codiff_code"]
+    assert law.window == 8
+    rng = generator()
+    small = np.ascontiguousarray(crop[:16, :16])
+    drawn = [degrade(small, law, rng).description for _ in range(6000)]
+    qualities = np.array([d["quality"] for d in drawn])
+    shares = np.bincount(qualities, minlength=101) / len(qualities)
+    np.testing.assert_allclose(shares[[10, 20, 30, 40, 50, 60]], 0.75 / 6 + 0.25 / 89, atol=0.017)
+    assert set(qualities) == set(range(8, 97))
+    assert abs(shares[8:97].sum() - shares[10:61:10].sum() - 0.25 * 83 / 89) < 0.02
+    cuts = np.array([d["cut"] for d in drawn])
+    assert abs((cuts == 0).all(axis=1).mean() - (0.5 + 0.5 / 81)) < 0.02
+    moved = cuts[(cuts != 0).any(axis=1)]
+    assert all(set(moved[:, axis]) == set(range(9)) for axis in (0, 1))
+    assert abs(np.corrcoef(moved.T)[0, 1]) < 0.1, "rows and columns are drawn apart"
+
+
+def test_a_crop_is_cut_out_of_the_larger_jpeg_where_the_description_says(crop):
+    """264 rows are compressed and 256 kept in CODiff's code; Pillow and slicing alone give the same pixels."""
+    law = PRESETS["codiff_code"]
+    window = np.ascontiguousarray(crop[:72, :80])
+    seen = set()
+    for seed in range(30):
+        result = degrade(window, law, generator(seed))
+        row, column = result.description["cut"]
+        seen.add((row, column))
+        buffer = io.BytesIO()
+        Image.fromarray(window).save(buffer, "JPEG", quality=result.quality)
+        expected = np.array(Image.open(buffer))
+        assert np.array_equal(result.image, expected[row : row + 64, column : column + 72])
+        assert np.array_equal(result.clean, window[row : row + 64, column : column + 72])
+    assert len(seen) > 10
+
+
+def test_cutting_off_the_grid_goes_with_a_displaced_first_compression(crop):
+    """At quality 100 little changes, so any misalignment of the two would show as a large error."""
+    fine = Degradation(100, 100, {"4:4:4": 1.0}, 1.0, 100, 100, shift=True, misaligned_probability=1, misaligned_max=8)
+    assert fine.window == MAX_SHIFT + 8
+    for seed in range(10):
+        result = degrade(crop, fine, generator(seed), margin=MAX_SHIFT)
+        row, column = result.description["cut"]
+        height, width = crop.shape[0] - fine.window, crop.shape[1] - fine.window
+        start = MAX_SHIFT + row, MAX_SHIFT + column
+        assert np.array_equal(result.clean, crop[start[0] : start[0] + height, start[1] : start[1] + width])
+        assert np.abs(result.image.astype(int) - result.clean).mean() < 1.5
+
+
+@pytest.mark.parametrize(
+    "name, seed, expected, following",
+    [
+        ("paper", 0, (31, "4:2:0", "pillow", None), 40973),
+        ("paper", 1, (3, "4:2:0", "pillow", None), 144159),
+        ("wide", 0, (33, "4:2:0", "pillow", None), 40973),
+        ("wide", 31, (66, "4:2:0", "ffmpeg", (57, (10, 5))), 763551),
+        ("wide", 43, (58, "4:2:0", "pillow", (57, (0, 7))), 379993),
+    ],
+)
+def test_draws_of_the_first_laws_stay_what_they_were(crop, name, seed, expected, following):
+    """Trainings that go on depend on them: the values, and the generator's next number, are the first version's."""
+    rng = generator(seed)
+    drawn = degrade(crop, PRESETS[name], rng).description
+    first = drawn["first"] and (drawn["first"]["quality"], drawn["first"]["offset"])
+    assert (drawn["quality"], drawn["subsampling"], drawn["decoder"], first) == expected
+    assert int(rng.integers(10**6)) == following
+
+
 def test_gray_crops_have_a_gray_clean_partner(crop):
     result = degrade(crop, Degradation(grayscale_probability=1.0), generator())
     for image in (result.clean, result.image):
@@ -138,6 +215,14 @@ def test_wrong_settings_and_pictures_are_refused_in_words(crop):
         Degradation(subsampling={"4:1:0": 1.0})
     with pytest.raises(ValueError, match="positive sum"):
         Degradation(subsampling={})
+    with pytest.raises(ValueError, match=r"quality_choices must lie in 0\.\.100"):
+        Degradation(quality_choices=(10, 101), choice_probability=0.5)
+    with pytest.raises(ValueError, match="needs quality_choices"):
+        Degradation(choice_probability=0.5)
+    with pytest.raises(ValueError, match="misaligned_max must not be negative"):
+        Degradation(misaligned_probability=0.5)
+    with pytest.raises(ValueError, match="misaligned_max 8"):
+        degrade(np.ascontiguousarray(crop[:8, :8]), PRESETS["codiff_code"], generator())
     with pytest.raises(ValueError, match="uint8"):
         degrade(crop / 255, Degradation(), generator())
     with pytest.raises(ValueError, match="decoder must be"):

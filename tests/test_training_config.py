@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from PIL import Image
 from shared import ROOT
 
 from training.__main__ import parse
-from training.config_files import ConfigError, read_config, to_yaml
+from training.checkpoint import write_checkpoint
+from training.commands import COMMANDS
+from training.config_files import ConfigError, read_config, to_plain, to_yaml
 from training.configs import PRESETS
 
 
@@ -21,12 +24,38 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(("command", "preset"), [(c, p) for c, rows in PRESETS.items() for p in rows])
+@pytest.mark.parametrize(("command", "preset"), [(c, p) for c, row in COMMANDS.items() for p in row.presets()])
 def test_every_preset_survives_a_round_trip_through_yaml(command: str, preset: str, tmp_path: Path) -> None:
-    config = PRESETS[command][preset]
+    config = COMMANDS[command].presets()[preset]
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    assert read_config(path, PRESETS[command]["paper"]) == config
+    assert read_config(path, COMMANDS[command].presets()["paper"]) == config
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_lists_the_options_that_choose_the_defaults(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0, done.stderr
+    for option in ("--preset {paper", "--config FILE.yaml", "--dry-run", "--data.train", "--run.output"):
+        assert option in done.stdout
+
+
+def test_the_list_of_commands_needs_none_of_the_trainers_packages() -> None:
+    script = (
+        "import sys; sys.argv = ['training']\n"
+        "sys.modules.update(torch=None, tyro=None, diffusers=None, accelerate=None)\n"
+        "from training.__main__ import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {command} " in done.stdout for command in (*COMMANDS, "convert"))
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("# Größe\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"mine\.yaml: expected UTF-8 text, got the byte 0xf6 at position 4"):
+        read_config(path, PRESETS["driftrec"]["paper"])
 
 
 def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
@@ -79,6 +108,26 @@ def test_dry_run_prints_what_was_found_and_writes_nothing(tmp_path: Path) -> Non
     assert not output.exists()
 
 
+def test_dry_run_refuses_the_folder_of_another_run_and_says_where_its_own_stands(tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    Image.new("RGB", (40, 40), (40, 9, 9)).save(pictures / "a.png")
+    output.mkdir()
+    config = PRESETS["regression"]["starter"]
+    stored = {"command": "regression", **to_plain(config)}
+    (output / "config.json").write_text(json.dumps(stored))
+    write_checkpoint(output / "checkpoint.pt", {"images": 480})
+    arguments = ["regression", "--preset", "starter", "--data.train", str(pictures), "--run.output", str(output),
+                 "--dry-run"]  # fmt: skip
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "goes on at 480 of 100000 images" in done.stdout
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint.pt", "config.json"], "nothing was written"
+    refused = run(*arguments, "--network.width", "16")
+    assert refused.returncode == 2
+    assert "holds another run (network.width was 32, is 16)" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -89,7 +138,8 @@ def test_dry_run_prints_what_was_found_and_writes_nothing(tmp_path: Path) -> Non
           "--run.output", "{empty}/run"],
          "data.crop: expected a multiple of 16"),
         (["drift"], "expected a command of the list, got 'drift'"),
-        (["regression", "--run.init-from", "{empty}/absent.safetensors", "--data.train", "{pictures}"], "no such file"),
+        (["regression", "--run.init-from", "{empty}/absent.safetensors", "--data.train", "{pictures}"],
+         "training regression: --run.init-from {empty}/absent.safetensors: there is no such file"),
         (["regression", "--run.batch", "3", "--run.accumulate", "2", "--data.train", "{pictures}",
           "--network.width", "8", "--run.output", "{empty}/run"], "expected a multiple of 2"),
     ],
@@ -101,5 +151,5 @@ def test_a_mistake_ends_in_one_sentence(arguments: list[str], expected: str, tmp
     Image.new("RGB", (40, 40)).save(pictures / "a.png")
     done = run(*(argument.format(empty=empty, pictures=pictures) for argument in arguments))
     assert done.returncode == 2
-    assert expected in done.stderr
+    assert expected.format(empty=empty) in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop"])
-@pytest.mark.parametrize("preset", ["paper", "wide"])
+@pytest.mark.parametrize("preset", ["paper", "wide", "codiff_paper", "codiff_code"])
 def test_items_have_the_promised_form_also_from_small_pictures(folder, augmentation, preset):
     items = dataset(folder, degradation=PRESETS[preset], augmentation=augmentation, downscale=(1.0, 2.0))
     for index in range(8):
@@ -116,6 +117,23 @@ def test_paper_crops_are_bilinear_squares_of_a_fifth_to_all_of_the_area(tmp_path
     sides = np.array([((c := items[i]["clean"][0, 32] * 255)[52] - c[12]).item() / 40 * 64 for i in range(200)])
     areas = (sides / 200) ** 2
     assert 0.17 < areas.min() < 0.26 and 0.93 < areas.max() < 1.05 and abs(areas.mean() - 0.6) < 0.05
+
+
+def test_half_of_codiffs_crops_have_their_blocks_off_the_grid(tmp_path):
+    """Seen from outside: after a coarse compression, steps lie eight pixels apart, at the crop's edge or not."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)).resize(
+        (240, 240), Image.Resampling.BICUBIC
+    )
+    smooth.save(tmp_path / "smooth.png")
+    law = replace(PRESETS["codiff_code"], quality_choices=(3,), choice_probability=1.0)
+    items = dataset(tmp_path, 128, law, flips=False, rotations=False)
+    phases = []
+    for index in range(60):
+        steps = (items[index]["degraded"][1].diff(dim=1)).abs().mean(dim=0)
+        phases.append(int(torch.stack([steps[phase::8].mean() for phase in range(8)]).argmax()))
+    aligned = np.mean(np.array(phases) == 7)
+    assert 0.4 < aligned < 0.75 and len(set(phases)) >= 7
 
 
 def test_small_pictures_are_mirrored_outwards(tmp_path):

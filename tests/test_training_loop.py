@@ -98,6 +98,77 @@ def stop_after(session: Session, images: int) -> None:
         session.train()
 
 
+def test_stopping_exports_the_checkpoints_weights_with_the_last_figures(pictures: Path, tmp_path: Path) -> None:
+    config = tiny("regression", pictures, tmp_path / "run", images=64)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.0))
+    stop_after(Session("regression", config), images=16)
+    state = read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    file = read_restorer(tmp_path / "run" / "regression.safetensors")
+    assert file.metadata.training["images"] == state["images"] == 16
+    assert file.metadata.training["measured_at"] == 0
+    assert file.metadata.training["metrics"]["psnr/qf10"] > 0
+    exported = file.part("regression")
+    stored = {key.removeprefix("network."): value for key, value in state["model"].items()}
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(value, stored[key].to(value.dtype)) for key, value in exported.items())
+
+
+def test_a_finished_run_says_so_and_measures_nothing_again(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("regression", pictures, tmp_path / "run", images=8)
+    Session("regression", config).train()
+    assert capsys.readouterr().out.count("validation at") == 2
+    before = read_restorer(tmp_path / "run" / "regression.safetensors")
+    Session("regression", dataclasses.replace(config, run=dataclasses.replace(config.run, license="CC0-1.0"))).train()
+    output = capsys.readouterr().out
+    assert "this run is finished: 8 of 8 images" in output and "validation at" not in output
+    after = read_restorer(tmp_path / "run" / "regression.safetensors")
+    assert after.metadata.license == "CC0-1.0"
+    assert after.metadata.training["metrics"] == before.metadata.training["metrics"]
+    assert all(torch.equal(after.tensors[key], value) for key, value in before.tensors.items())
+
+
+def test_a_run_that_was_killed_before_its_last_validation_makes_up_for_it(pictures: Path, tmp_path: Path) -> None:
+    config = tiny("regression", pictures, tmp_path / "run", images=8)
+    Session("regression", config).train()
+    (tmp_path / "run" / "regression.safetensors").unlink()
+    Session("regression", config).train()
+    assert read_restorer(tmp_path / "run" / "regression.safetensors").metadata.training["measured_at"] == 8
+
+
+@pytest.mark.parametrize("decays", [(0.0, 0.999), (0.999, 0.0)])
+def test_an_average_can_be_taken_up_and_given_up_when_a_run_goes_on(
+    decays: tuple[float, float], pictures: Path, tmp_path: Path
+) -> None:
+    for images, decay in zip((8, 16), decays, strict=True):
+        config = tiny("regression", pictures, tmp_path / "run", images=images)
+        optimizer = dataclasses.replace(config.optimizer, ema_decay=decay)
+        Session("regression", dataclasses.replace(config, optimizer=optimizer)).train()
+        state = read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+        assert (state["average"] is None) == (decay == 0.0)
+    if decays[1]:
+        assert state["average"]["updates"] == 2
+
+
+def test_checkpoints_of_the_first_version_go_on(pictures: Path, tmp_path: Path) -> None:
+    """They hold every weight, averages of the frozen ones as well, and nothing of a critic."""
+    config = tiny("driftrec", pictures, tmp_path / "run", images=8)
+    Session("driftrec", config).train()
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = read_checkpoint(path)
+    del state["critic"]
+    frequencies = next(key for key in state["model"] if key.endswith(".0.W"))
+    state["model"][frequencies] = state["model"][frequencies] + 1
+    state["average"]["values"][frequencies] = state["model"][frequencies].clone()
+    write_checkpoint(path, state)
+    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, images=12))
+    session = Session("driftrec", longer)
+    session.train()
+    assert read_checkpoint(path)["images"] == 12
+    assert torch.equal(session.task.model.state_dict()[frequencies], state["model"][frequencies])
+
+
 def test_training_gains_over_the_jpeg_and_exports_a_restorer_that_runs(pictures: Path, tmp_path: Path) -> None:
     config = tiny("regression", pictures, tmp_path / "run", images=1200)
     data = dataclasses.replace(config.data, degradation=Degradation(10, 10), downscale=(1.0, 1.0), rotations=False)
@@ -250,3 +321,32 @@ def test_a_score_network_can_start_from_a_regression(pictures: Path, tmp_path: P
     )
     session.train()
     assert (tmp_path / "second" / "driftrec.safetensors").exists()
+
+
+def test_a_run_that_goes_on_does_not_start_from_a_file_again(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Session("regression", tiny("regression", pictures, tmp_path / "first", images=8)).train()
+    start = tmp_path / "first" / "regression.safetensors"
+    Session("driftrec", tiny("driftrec", pictures, tmp_path / "second", images=8, init_from=start)).train()
+    reached = read_checkpoint(tmp_path / "second" / "checkpoint.pt")["model"]
+    start.unlink()
+    longer = tiny("driftrec", pictures, tmp_path / "second", images=16, init_from=start)
+    session = Session("driftrec", longer)
+    session.describe()
+    output = capsys.readouterr().out
+    assert f"--run.init-from {start} is not used again" in output
+    assert "goes on at 8 of 16 images" in output
+    session.train()
+    after = read_checkpoint(tmp_path / "second" / "checkpoint.pt")["model"]
+    frequencies = next(key for key in reached if key.endswith(".0.W"))
+    assert torch.equal(after[frequencies], reached[frequencies]), "frozen weights are stored, too"
+
+
+def test_a_file_that_does_not_fit_is_named_with_its_option(pictures: Path, tmp_path: Path) -> None:
+    Session("regression", tiny("regression", pictures, tmp_path / "first", images=4)).train()
+    start = tmp_path / "first" / "regression.safetensors"
+    config = tiny("regression", pictures, tmp_path / "second", images=4, init_from=start)
+    config = dataclasses.replace(config, network=dataclasses.replace(config.network, width=16))
+    with pytest.raises(ValueError, match=rf"^--run\.init-from {start}: the file to start from has "):
+        Session("regression", config)

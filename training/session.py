@@ -19,6 +19,9 @@ from training.loop import Trainer
 from training.run_folder import RunFolder, check_same_run
 from training.validation import Validation, split_pictures
 
+_LOOKED_AT = 64
+"""Crops that a task may fit its first weights to."""
+
 
 class Session:
     """One command, with everything checked before the first step.
@@ -87,8 +90,11 @@ class Session:
             config.run.output, self.command, config, main=self.state.is_main_process, provenance=provenance
         )
         validation = Validation(config.validation, self.validation, self.task.size_multiple, folder.show, folder.say)
+        dataset = self._dataset()
+        if not self.resuming and config.run.init_from is None:
+            self.task.look(torch.stack([dataset[index]["degraded"] for index in range(_LOOKED_AT)]))
         trainer = Trainer(
-            self.task, self._dataset(), config.data, config.optimizer, config.run, folder,
+            self.task, dataset, config.data, config.optimizer, config.run, folder,
             lambda images: validation(self.task, images), config.validation.every,
         )  # fmt: skip
         trainer.train()

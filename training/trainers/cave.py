@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoration.networks.cave import STRIDE, CaVE
@@ -16,6 +17,9 @@ from training.configs import CaVETrainingConfig
 from training.trainers.task import TaskDefaults
 
 _PART = "prompt."
+_WHITENING_EPS = 1e-5
+"""Variance below which a direction of the patches counts as noise; pixels in [0, 1]."""
+_WHITENED_DEVIATION = 0.3
 
 
 class CaVETask(TaskDefaults):
@@ -33,6 +37,12 @@ class CaVETask(TaskDefaults):
         if not config.implicit:
             for part in self._decoder():
                 part.requires_grad_(False)
+
+    def look(self, degraded: Tensor) -> None:
+        """With `whitened`: turn the orthogonal filters of the first convolution into ones of decorrelated pixels."""
+        if self.config.initialization == "whitened":
+            with torch.no_grad():
+                whiten(self.model.m_head.weight, degraded)
 
     def _decoder(self) -> list[nn.Module]:
         model = self.model
@@ -84,3 +94,17 @@ class CaVETask(TaskDefaults):
                 "`python -m training cave` with the same network."
             )
         self.model.load_state_dict(given)
+
+
+def whiten(filters: Tensor, pictures: Tensor) -> None:
+    """Give filters (out, 3, k, k) responses to pictures (N, 3, H, W) that are uncorrelated, with equal deviations.
+
+    Each row o becomes s o C^(-1/2) with C the covariance of the pictures' k x k patches, as in ZCA whitening.
+    """
+    size = filters.shape[-1]
+    patches = F.unfold(pictures.double(), size, stride=2).transpose(1, 2).flatten(0, 1)
+    patches = patches - patches.mean(dim=0)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    inverse_root = vectors * (values + _WHITENING_EPS).rsqrt() @ vectors.T
+    rows = F.normalize(filters.double().flatten(1), dim=1)
+    filters.copy_((_WHITENED_DEVIATION * rows @ inverse_root).view_as(filters))

@@ -55,6 +55,10 @@ class Task(Protocol):
         wrapped. What `loss` kept for it must be detached."""
         ...
 
+    def look(self, degraded: Tensor) -> None:
+        """Fit the first weights to pictures (N, 3, H, W) of the training, where a run begins with new ones."""
+        ...
+
     def restore(self, degraded: Tensor, seed: int) -> Tensor:
         """Restore (B, 3, H, W) as the nodes would by default."""
         ...
@@ -85,6 +89,9 @@ class TaskDefaults:
 
     def critic_loss(self, critic: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         raise NotImplementedError("this task has no critic")
+
+    def look(self, degraded: Tensor) -> None:
+        """Nothing depends on the pictures."""
 
     def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
         return {}

@@ -138,7 +138,7 @@ def test_minutes_of_training_tell_qualities_that_were_not_seen(tmp_path: Path) -
         config,
         data=replace(config.data, train=shared_path("data", "train"), degradation=law),
         validation=ValidationConfig(every=10**9, images=1, crop=64, qualities=(15,)),
-        run=RunConfig(tmp_path / "run", images=40_000, batch=16, checkpoint_every=10**9, checkpoint_minutes=1e9),
+        run=RunConfig(tmp_path / "run", images=30_000, batch=16, checkpoint_every=10**9, checkpoint_minutes=1e9),
     )
     session = Session("cave", config)
     session.train()

@@ -99,7 +99,7 @@ class Session:
         )  # fmt: skip
         trainer.train()
         if trainer.images >= config.run.images:
-            self._say(f"done: {folder.restorer} is ready; copy it into ComfyUI/models/jpeg_restorers")
+            self._say(f"done: {folder.restorer} is ready; {self.task.what_next}")
 
     def _dataset(self) -> PairDataset:
         data = self.config.data

@@ -5,7 +5,7 @@ The paper's loss is L_QF + 1000 L_rec (Guo et al. 2025, Eq. 5); its code's L_rec
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class CaVETask(TaskDefaults):
 
     stores_frozen = True  # the half that is not learnt, where one of the two is turned off
     size_multiple = STRIDE
+    what_next = "give it to the second stage: python -m training codiff --cave FILE"
 
     def __init__(self, config: CaVETrainingConfig) -> None:
         self.config = config
@@ -42,7 +43,7 @@ class CaVETask(TaskDefaults):
         """With `whitened`: turn the orthogonal filters of the first convolution into ones of decorrelated pixels."""
         if self.config.initialization == "whitened":
             with torch.no_grad():
-                whiten(self.model.m_head.weight, degraded)
+                whiten(cast(Tensor, self.model.m_head.weight), degraded)
 
     def _decoder(self) -> list[nn.Module]:
         model = self.model

@@ -28,6 +28,11 @@ class Task(Protocol):
         ...
 
     @property
+    def what_next(self) -> str:
+        """What is done with the exported file, as the last words of a training."""
+        ...
+
+    @property
     def stores_frozen(self) -> bool:
         """Whether checkpoints hold the model's frozen weights, too: where they come from nowhere else."""
         ...
@@ -83,6 +88,7 @@ class Task(Protocol):
 class TaskDefaults:
     """A task without a critic, without frozen weights to store and without figures of its own."""
 
+    what_next: str = "copy it into ComfyUI/models/jpeg_restorers"
     stores_frozen: bool = False
     critic: nn.Module | None = None
     critic_optimizer: OptimizerConfig = OptimizerConfig()

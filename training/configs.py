@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -251,17 +251,17 @@ PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig | CaVETrainingCon
         "small": CaVETrainingConfig(
             data=DataConfig(
                 crop=64, augmentation="crop", flips=True, rotations=True, cache_mb=1000,
-                degradation=replace(jpeg.PRESETS["codiff_code"], misaligned_probability=0.0, misaligned_max=0),
+                degradation=Degradation(quality_min=5, quality_max=95),
             ),
             network=CaVEConfig(widths=(8, 16, 32, 64), blocks=1),
             initialization="whitened",
             implicit=False,
             quality_weight=1.0,
             optimizer=OptimizerConfig(
-                learning_rate=3e-4, schedule="cosine", warmup_images=1000, weight_decay=0.0, ema_decay=0.0
+                learning_rate=3e-4, warmup_images=1000, weight_decay=0.0, ema_decay=0.0
             ),
             validation=ValidationConfig(every=20_000, images=4, crop=128, qualities=_UNSEEN_QUALITIES),
-            run=RunConfig(output=Path("runs/cave-small"), images=30_000, batch=16, checkpoint_every=10_000),
+            run=RunConfig(output=Path("runs/cave-small"), images=40_000, batch=16, checkpoint_every=10_000),
         ),
     },
 }  # fmt: skip

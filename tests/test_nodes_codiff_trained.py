@@ -13,9 +13,7 @@ from restoration.restorer_file import write_restorer
 from tests.codiff_graphs import run
 from tests.codiff_overfit import CROP, overfit, tiny_config
 from tests.graphs import Graph, photo
-from tests.shared import shared_path
 from training.configs import RunConfig
-from training.losses import PerceptualConfig
 from training.trainers.codiff import CoDiffTask
 
 pytestmark = pytest.mark.comfyui
@@ -60,12 +58,9 @@ def test_an_exported_file_restores_as_the_task_does(codiff, tmp_path):
 @pytest.mark.slow
 def test_what_was_learned_by_heart_is_restored_in_comfyui(codiff, tmp_path):
     """Eight patches, trained until the loss has halved, come out of the graph as out of the trainer."""
-    weights = shared_path("weights", "lpips_squeeze", "lpips_squeeze_f32.npz")
     with torch.inference_mode(False), torch.enable_grad():
-        trained = overfit(
-            codiff.base.folder, tmp_path, steps=32, perceptual=PerceptualConfig("lpips", lpips=weights, weight=0.1)
-        )
-    first, last = sum(trained.losses[:4]) / 4, sum(trained.losses[-4:]) / 4
+        trained = overfit(codiff.base.folder, tmp_path)
+    first, last = sum(trained.losses[:3]) / 3, sum(trained.losses[-3:]) / 3
     assert last <= first / 2, (first, last)
     in_graph = restored_in_comfyui(codiff, trained.file, trained.degraded)
     assert (in_graph - trained.restored).abs().max() < 1e-3

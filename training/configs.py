@@ -250,7 +250,7 @@ PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig | CaVETrainingCon
         ),
         "small": CaVETrainingConfig(
             data=DataConfig(
-                crop=64, augmentation="crop", flips=True, rotations=True, cache_mb=1000,
+                crop=128, augmentation="crop", flips=True, rotations=True, cache_mb=1000,
                 degradation=Degradation(quality_min=5, quality_max=95),
             ),
             network=CaVEConfig(widths=(8, 16, 32, 64), blocks=1),
@@ -258,10 +258,10 @@ PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig | CaVETrainingCon
             implicit=False,
             quality_weight=1.0,
             optimizer=OptimizerConfig(
-                learning_rate=3e-4, warmup_images=1000, weight_decay=0.0, ema_decay=0.0
+                learning_rate=3e-4, schedule="cosine", warmup_images=1000, weight_decay=0.0, ema_decay=0.0
             ),
-            validation=ValidationConfig(every=20_000, images=4, crop=128, qualities=_UNSEEN_QUALITIES),
-            run=RunConfig(output=Path("runs/cave-small"), images=40_000, batch=16, checkpoint_every=10_000),
+            validation=ValidationConfig(every=8_000, images=4, crop=128, qualities=_UNSEEN_QUALITIES),
+            run=RunConfig(output=Path("runs/cave-small"), images=16_000, batch=16, checkpoint_every=4_000),
         ),
     },
 }  # fmt: skip

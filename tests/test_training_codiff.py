@@ -27,8 +27,9 @@ from restoration.restorer_file import RestorerFileError, read_restorer, write_re
 from training.__main__ import parse
 from training.base_models import BaseModel, BaseModelError, load_base, lora_layers
 from training.checkpoint import read_checkpoint
-from training.codiff_configs import PRESETS, AdversarialConfig, BaseConfig, CoDiffConfig, CoDiffLossConfig, LoRAConfig
+from training.codiff_configs import PRESETS, AdversarialConfig, CoDiffConfig, CoDiffLossConfig
 from training.losses import PerceptualConfig
+from training.one_step_configs import BaseConfig, LoRAConfig
 from training.session import Session
 from training.trainers.codiff import CoDiffModel, CoDiffTask
 
@@ -309,7 +310,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(config: CoDiffConfig) -> None
     task.perceptual = _MeanDistance()
     batch = pictures(2)
     with torch.no_grad():
-        restored, x0 = task.model(batch["degraded"])
+        restored, x0, *_ = task.model(batch["degraded"])
         loss = float(task.loss(task.model, batch, generator()))
         expected = 3 * ((restored - batch["clean"]) ** 2).mean() + 2 * (restored - batch["clean"]).abs().mean()
         expected += 0.25 * torch.log1p(torch.exp(-task.critic(x0))).mean()

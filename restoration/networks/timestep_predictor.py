@@ -172,7 +172,8 @@ class TimestepPredictor(nn.Module):
 
         The first convolution starts as the cosine transform of blocks in JPEG's colours, each coefficient normalised by
         the norm behind it and cut at a random threshold; from random filters the quality, a matter of the smallest
-        coefficients, is not found in minutes of training. The quality starts near 50, the timesteps almost equally likely.
+        coefficients, is not found in minutes of training. The quality starts near 50, the timesteps almost equally
+        likely.
         """
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -12,6 +12,7 @@ from training.commands import COMMANDS
 
 _SUMMARIES = {
     **{name: command.summary for name, command in COMMANDS.items()},
+    "ablate": "train a method without each of its parts in turn, and compare",
     "convert": "turn the authors' checkpoints into restorer files",
 }
 
@@ -49,6 +50,10 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         if command in COMMANDS:
             _train(command, arguments)
+        elif command == "ablate":
+            from training.ablate import run as ablate
+
+            ablate(arguments)
         else:
             from training.convert import run as convert
 

@@ -74,9 +74,24 @@ def _codiff(config: Any) -> Task:
     return CoDiffTask(config)
 
 
+def _sodiff_presets() -> dict[str, Any]:
+    from training.sodiff_configs import PRESETS
+
+    return PRESETS
+
+
+def _sodiff(config: Any) -> Task:
+    from training.trainers.sodiff import SODiffTask
+
+    return SODiffTask(config)
+
+
 COMMANDS = {
     "driftrec": Command("train a DriftRec score network", _driftrec_presets, _driftrec),
     "regression": Command("train its baseline: the same network, one evaluation", _regression_presets, _regression),
     "cave": Command("train CaVE, CODiff's first stage: the embedder of JPEG artefacts", _cave_presets, _cave),
     "codiff": Command("train CODiff's second stage: a Stable Diffusion 2.1 that CaVE guides", _codiff_presets, _codiff),
+    "sodiff": Command(
+        "train SODiff's second stage: a Stable Diffusion 2.1 that SAIPE guides", _sodiff_presets, _sodiff
+    ),
 }

@@ -82,8 +82,8 @@ class Session:
             stands = f"goes on at {read_checkpoint(self.checkpoint)['images']} of {config.run.images} images"
         self._say(f"run: {config.run.output} ({stands})")
 
-    def train(self) -> None:
-        """Train to the end."""
+    def train(self) -> bool:
+        """Train to the end, or until it is asked to stop; returns whether it came to the end."""
         config = self.config
         provenance = {"data": f"{len(self.training)} pictures", "device": _device_name(self.state.device)}
         folder = RunFolder(
@@ -99,8 +99,10 @@ class Session:
             lambda images: validation(self.task, images), config.validation.every,
         )  # fmt: skip
         trainer.train()
-        if trainer.images >= config.run.images:
+        finished = trainer.images >= config.run.images
+        if finished:
             self._say(f"done: {folder.restorer} is ready; {self.task.what_next}")
+        return finished
 
     def _dataset(self) -> PairDataset:
         data = self.config.data

@@ -1,0 +1,143 @@
+"""What `python -m training sodiff` can be told, and its presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from restoration.networks.timestep_predictor import TimestepPredictorConfig
+from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
+from training.degradation import Degradation
+from training.losses import PerceptualConfig
+from training.one_step_configs import BaseConfig, LoRAConfig, check_precision, check_timestep
+
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@dataclass(frozen=True)
+class PromptedAdversarialConfig:
+    """The discriminator on the latents: the first half of a UNet with adapters and a small head, which sees latents
+    with noise at random timesteps, under the prompt of the picture."""
+
+    discriminator: Literal["sdxl", "sd21", "none"] = "sdxl"
+    """`sdxl`: SDXL's UNet (the paper). `sd21`: that of the base model, for cards under 48 GB. `none` trains without."""
+    sdxl: str = SDXL_BASE
+    """For `sdxl`: a folder in diffusers' layout with `unet`, or a name on the Hugging Face hub."""
+    weight: float = 1e-2
+    """Weight of softplus(-D) in the generator's loss."""
+    rank: int = 16
+    """Of its adapters."""
+    alpha: float = 16.0
+    """Of its adapters."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or self.weight < 0:
+            raise ValueError(
+                f"adversarial: expected a rank of at least 1, an alpha above 0 and a weight of at least 0, got {self}."
+            )
+
+
+@dataclass(frozen=True)
+class SODiffLossConfig:
+    """The restorer's loss, a weighted sum (section 3.4)."""
+
+    mse: float = 1.0
+    """Weight of the mean squared error of pictures in [0, 1]."""
+    perceptual: PerceptualConfig = field(default_factory=lambda: PerceptualConfig(edges=True))
+    """Edge-aware DISTS in the paper: of the pictures and of their Sobel edges."""
+    adversarial: PromptedAdversarialConfig = field(default_factory=PromptedAdversarialConfig)
+    quality: float = 1e-3
+    """Weight of the absolute error of the predicted JPEG quality, which counts from 0 to 100."""
+    clamp_gradient: bool = False
+    """Pictures are clamped to [0, 1] before the loss; true hands a value outside the gradient of the clamped one."""
+
+    def __post_init__(self) -> None:
+        if self.mse < 0 or self.quality < 0:
+            raise ValueError(f"expected weights of at least 0, got mse {self.mse:g} and quality {self.quality:g}.")
+
+
+@dataclass(frozen=True)
+class SODiffConfig:
+    """`python -m training sodiff`: SODiff's second stage ("Semantic-Oriented Diffusion Model for JPEG Compression
+    Artifacts Removal", 2025)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    saipe: Path | None = None
+    """The first stage: a file that `python -m training saipe` wrote, or a SODiff file, whose SAIPE is taken.
+    Required."""
+    unet_lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(16, 16.0))
+    """Adapters of the UNet; the VAE stays as it is."""
+    predictor: TimestepPredictorConfig = field(default_factory=TimestepPredictorConfig)
+    """The network that chooses the timestep."""
+    predictor_from: Path | None = None
+    """Where it starts: a file of `python -m training quality`, a SODiff file, or null for random weights."""
+    timestep: float | None = None
+    """A fixed timestep in place of the predictor; null: predicted."""
+    gumbel: bool = True
+    """Add Gumbel noise to the logits of the timestep while training (Eq. 11)."""
+    latents: Literal["sample", "mode"] = "sample"
+    """What is trained on: a draw from the VAE's posterior, or its mode, as ComfyUI encodes."""
+    loss: SODiffLossConfig = field(default_factory=SODiffLossConfig)
+    gradient_checkpointing: bool = False
+    """Compute activations twice, to keep fewer of them."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of the discriminator; its `ema_decay` does nothing."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/sodiff")))
+
+    def __post_init__(self) -> None:
+        check_precision(self.base, self.run)
+        if self.timestep is not None:
+            check_timestep("timestep", self.timestep)
+        if self.timestep is None and self.predictor.timesteps < 2:
+            raise ValueError(
+                f"predictor.timesteps: expected at least 2 to choose from, got {self.predictor.timesteps}. Give more, "
+                "or a fixed --timestep."
+            )
+
+
+_BATCH, _STEPS = 2, 150_000
+_DATA = DataConfig(
+    crop=512, augmentation="crop", flips=True, rotations=True, degradation=Degradation(5, 95), workers=8
+)  # fmt: skip
+_OPTIMIZER = OptimizerConfig(learning_rate=1e-5, weight_decay=1e-2, gradient_clip=1.0, ema_decay=0.0)
+_VALIDATION = ValidationConfig(every=20_000, crop=512, qualities=(5, 10, 20))
+_PAPER = SODiffConfig(
+    data=_DATA, optimizer=_OPTIMIZER, critic_optimizer=_OPTIMIZER, validation=_VALIDATION,
+    run=RunConfig(
+        output=Path("runs/sodiff"), images=_STEPS * _BATCH, batch=_BATCH, precision="bf16", checkpoint_every=5_000
+    ),
+)  # fmt: skip
+
+
+def _one_card(name: str, *, gradient_checkpointing: bool) -> SODiffConfig:
+    return replace(
+        _PAPER,
+        base=BaseConfig(dtype="bf16"),
+        loss=SODiffLossConfig(adversarial=PromptedAdversarialConfig("sd21")),
+        gradient_checkpointing=gradient_checkpointing,
+        run=replace(_PAPER.run, output=Path("runs") / name, accumulate=2),
+    )
+
+
+PRESETS = {
+    "paper": _PAPER,
+    "24gb": _one_card("sodiff-24gb", gradient_checkpointing=False),
+    "12gb": _one_card("sodiff-12gb", gradient_checkpointing=True),
+    "small": replace(
+        _one_card("sodiff-small", gradient_checkpointing=True),
+        data=replace(_DATA, crop=256),
+        validation=replace(_VALIDATION, every=4_000, crop=256),
+        run=RunConfig(
+            output=Path("runs/sodiff-small"), images=8_000, batch=2, accumulate=2, precision="bf16",
+            checkpoint_every=1_000,
+        ),
+    ),
+}  # fmt: skip
+"""`paper`: the publication's, two pictures at a time (one on each of two cards of 48 GB), with SDXL's discriminator;
+weight decay, clipping and precision are not in the paper. `24gb`, `12gb`: on one card, one picture at a time,
+everything frozen in bfloat16, the discriminator that of SD 2.1; `12gb` computes activations twice. Not measured on such
+cards. `small`: `12gb` with crops of 256 pixels and 8,000 pictures, to compare settings (`python -m training ablate`)."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from restoration.networks.saipe import SAIPE, SAIPEConfig
 from torch import Tensor
 
-from restoration.networks.saipe import SAIPE, SAIPEConfig
 from restoration.networks.timestep_predictor import TimestepPredictorConfig
 from restoration.restorer_file import RestorerMetadata, write_restorer
 from tests.shared import shared_path
@@ -94,7 +94,9 @@ def overfit(base: Path, folder: Path, *, steps: int = 24, discriminator: str = "
     )  # fmt: skip
     session = Session("sodiff", config)
     session.train()
-    degraded = torch.stack([tensor(compress(patch, quality)) for patch, quality in zip(patches, [5, 50] * 4)])
+    degraded = torch.stack(
+        [tensor(compress(patch, quality)) for patch, quality in zip(patches, [5, 50] * 4, strict=True)]
+    )
     session.task.model.eval()
     with torch.no_grad():
         restored = session.task.restore(degraded, seed=0)

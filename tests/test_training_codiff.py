@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from codiff_overfit import CROP, make_patches, overfit, tiny_config, write_cave
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from reduced_sd21 import reduced_base, unet_lora_modules, vae_lora_modules
 from safetensors.torch import load_file, save_file
+from stopping import stop_after
 from torch import Tensor, nn
 
-import training.loop
 from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.networks.sd21_layers import codiff_unet_targets, codiff_vae_targets
 from restoration.prompts import CaVEPrompt
@@ -529,21 +528,6 @@ def test_the_vae_s_old_attention_names_are_understood(base: Path, tmp_path: Path
     save_file(renamed, weights)
     vae = load_base(str(folder)).vae
     assert all(torch.equal(value, tensors[key].float()) for key, value in vae.state_dict().items())
-
-
-def stop_after(session: Session, images: int) -> None:
-    """Train, with a SIGTERM sent to this process as soon as so many images are done."""
-    step = training.loop.Trainer._step
-
-    def counted(self, batches):
-        statistics = step(self, batches)
-        if self.images + self.run_config.batch == images:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return statistics
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.loop.Trainer, "_step", counted)
-        session.train()
 
 
 @pytest.mark.slow

@@ -159,12 +159,13 @@ class TimestepPredictor(nn.Module):
         `encode_tiled` counts with `config.halo` on each side.
         """
         config = self.config
-        sides = [max(side, config.patch) for side in (height, width)]
-        cells = math.prod(side // config.patch for side in sides)
-        given = height * width if sides != [height, width] else 0
-        first = 6 * math.prod(sides) + config.stem * cells
-        later = 3 * math.prod(sides) + cells * max(2 * config.stem, config.stem + 2 * config.width, 4 * config.width)
-        return (3 * given + max(first, later)) * dtype.itemsize
+        rows, columns = (max(side // config.patch, 1) for side in (height, width))
+        cells, padded = rows * columns, (rows + 2) * (columns + 2)
+        extended = 3 * max(height, config.patch) * max(width, config.patch)
+        first = extended + max(config.stem * cells, extended if min(height, width) < config.patch else 0)
+        norms = cells * max(2 * config.stem, config.stem + 2 * config.width)
+        blocks = config.width * (3 * cells + padded)
+        return (3 * height * width + max(first, norms, blocks)) * dtype.itemsize
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

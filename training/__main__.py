@@ -14,6 +14,7 @@ _SUMMARIES = {
     **{name: command.summary for name, command in COMMANDS.items()},
     "ablate": "train a method without each of its parts in turn, and compare",
     "convert": "turn the authors' checkpoints into restorer files",
+    "prepare": "make once what a training needs beside its pictures: captions",
 }
 
 
@@ -54,6 +55,10 @@ def _run(command: str, arguments: list[str]) -> int:
             from training.ablate import run as ablate
 
             ablate(arguments)
+        elif command == "prepare":
+            from training.prepare import run as prepare
+
+            prepare(arguments)
         else:
             from training.convert import run as convert
 

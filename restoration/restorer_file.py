@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 METADATA_KEY = "jpeg_restorer"
 VERSION = 1
-FAMILIES = ("cave", "codiff", "sodiff", "driftrec", "regression", "prior")
+FAMILIES = ("cave", "codiff", "saipe", "sodiff", "quality", "driftrec", "regression", "prior")
 _MAX_METADATA = 1 << 20
 
 

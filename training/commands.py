@@ -86,6 +86,18 @@ def _sodiff(config: Any) -> Task:
     return SODiffTask(config)
 
 
+def _quality_presets() -> dict[str, Any]:
+    from training.quality_configs import PRESETS
+
+    return PRESETS
+
+
+def _quality(config: Any) -> Task:
+    from training.trainers.quality import QualityTask
+
+    return QualityTask(config)
+
+
 COMMANDS = {
     "driftrec": Command("train a DriftRec score network", _driftrec_presets, _driftrec),
     "regression": Command("train its baseline: the same network, one evaluation", _regression_presets, _regression),
@@ -94,4 +106,5 @@ COMMANDS = {
     "sodiff": Command(
         "train SODiff's second stage: a Stable Diffusion 2.1 that SAIPE guides", _sodiff_presets, _sodiff
     ),
+    "quality": Command("train SODiff's predictor to tell the JPEG quality alone", _quality_presets, _quality),
 }

@@ -3,7 +3,8 @@ Compression Artifacts Removal", 2025, section on the quality-factor-aware time p
 
 Four residual blocks, one average pool that both branches share, a quality and the logits of T timesteps. What tells the
 quality is how 8x8 blocks are quantised, so the picture is never resized: the first convolution cuts it into the blocks
-of JPEG's grid, and starts as their cosine transform.
+of JPEG's grid. It starts as their cosine transform, cut off at several heights; averaged over the picture that is a
+histogram of each coefficient, in which the steps of the quantisation show.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from ..exact_tiling import tiled_exactly
 
 _LARGEST = {"timesteps": 10_000, "patch": 32, "stem": 4096, "width": 1024, "blocks": 16, "hidden": 4096}
 """Bounds of a configuration, which may come from a file of anybody's."""
-_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
-"""JPEG's colours (JFIF 1.02)."""
+_LUMA = (0.299, 0.587, 0.114)
+_LIMIT = 6.0
+"""Where the stem's activation, ReLU6, ends."""
+_LOWEST_CUT, _HIGHEST_CUT = 1.0, 16.0
+"""Coefficients, in 8-bit levels of an orthonormal transform, at which the stem's channels start to be cut off."""
+_START_OF_BLOCKS = 0.1
 _START_OF_BRANCHES = 0.01
-_START_OF_THRESHOLDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class TimestepPredictorConfig:
     Args:
         timesteps: Logits of the timestep branch, T_max; 0 leaves the branch out.
         patch: Pixels along each side of what becomes one position; 8 is JPEG's block.
-        stem: Channels of the first convolution.
-        width: Channels of the residual blocks, and of the pooled features.
+        stem: Channels of the first convolution, between the residual blocks, and of the pooled features.
+        width: Channels inside the residual blocks.
         blocks: Residual blocks.
         hidden: Width inside the branches.
     """
@@ -44,7 +48,7 @@ class TimestepPredictorConfig:
     timesteps: int = 1000
     patch: int = 8
     stem: int = 256
-    width: int = 64
+    width: int = 32
     blocks: int = 4
     hidden: int = 256
 
@@ -59,7 +63,7 @@ class TimestepPredictorConfig:
     @property
     def halo(self) -> int:
         """Pixels that `TimestepPredictor.encode_tiled` reads around each window."""
-        return 2 * self.blocks * self.patch
+        return self.blocks * self.patch
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them."""
@@ -87,12 +91,13 @@ class TimestepPredictor(nn.Module):
         self.config = config
         make = _Maker(operations, dtype, device)
         self.stem = nn.Sequential(
-            make.conv(3, config.stem, config.patch, stride=config.patch), make.norm(config.stem), nn.ReLU(inplace=True),
-            make.conv(config.stem, config.width, 1), make.norm(config.width), nn.ReLU(inplace=True),
-        )  # fmt: skip
-        self.blocks = nn.Sequential(*(ResidualBlock(config.width, make) for _ in range(config.blocks)))
-        self.quality_head = make.branch(config.width, config.hidden, 1)
-        self.timestep_head = make.branch(config.width, config.hidden, config.timesteps) if config.timesteps else None
+            make.conv(3, config.stem, config.patch, stride=config.patch),
+            nn.ReLU6(inplace=True),
+            make.norm(config.stem),
+        )
+        self.blocks = nn.Sequential(*(ResidualBlock(config.stem, config.width, make) for _ in range(config.blocks)))
+        self.quality_head = make.branch(config.stem, config.hidden, 1)
+        self.timestep_head = make.branch(config.stem, config.hidden, config.timesteps) if config.timesteps else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Estimate quality and timestep.
@@ -110,7 +115,7 @@ class TimestepPredictor(nn.Module):
         return self.quality(pooled), self.logits(pooled)
 
     def encode(self, images: Tensor) -> Tensor:
-        """The pooled features (B, width), in single precision, of images (B, 3, H, W) in [0, 1].
+        """The pooled features (B, stem), in single precision, of images (B, 3, H, W) in [0, 1].
 
         Raises:
             ValueError: The images have another shape.
@@ -130,7 +135,7 @@ class TimestepPredictor(nn.Module):
             on_tile: Called with (done, total) after every window; may raise to end the work.
 
         Returns:
-            (B, width) on `device`, in single precision.
+            (B, stem) on `device`, in single precision.
 
         Raises:
             ValueError: The images have another shape, or the network is in training mode, where its batch norms would
@@ -145,7 +150,7 @@ class TimestepPredictor(nn.Module):
         return _pooled(features).to(images.device if device is None else device)
 
     def quality(self, pooled: Tensor) -> Tensor:
-        """The JPEG quality, 0 to 100, (B,) in single precision, that pooled features (B, width) tell."""
+        """The JPEG quality, 0 to 100, (B,) in single precision, that pooled features (B, stem) tell."""
         return 100 * torch.sigmoid(_run(self.quality_head, pooled)[:, 0])
 
     def logits(self, pooled: Tensor) -> Tensor | None:
@@ -155,26 +160,25 @@ class TimestepPredictor(nn.Module):
     def activation_bytes(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes that `encode` of one image of this size takes beside the weights and the workspace of the kernels.
 
-        That is the image, centred as well, and the widest layer's result before and after its norm. A window of
-        `encode_tiled` counts with `config.halo` on each side.
+        That is the image, and at most the centred image beside the stem's result, or two or three maps of full width.
+        A window of `encode_tiled` counts with `config.halo` on each side.
         """
         config = self.config
         rows, columns = (max(side // config.patch, 1) for side in (height, width))
         cells, padded = rows * columns, (rows + 2) * (columns + 2)
         extended = 3 * max(height, config.patch) * max(width, config.patch)
         first = extended + max(config.stem * cells, extended if min(height, width) < config.patch else 0)
-        norms = cells * max(2 * config.stem, config.stem + 2 * config.width)
-        blocks = config.width * (3 * cells + padded)
-        return (3 * height * width + max(first, norms, blocks)) * dtype.itemsize
+        blocks = max(3 * config.stem * cells, config.stem * cells + config.width * cells + config.stem * padded)
+        return (3 * height * width + max(first, blocks)) * dtype.itemsize
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Draw new weights from a generator alone.
 
-        The first convolution starts as the cosine transform of blocks in JPEG's colours, each coefficient normalised by
-        the norm behind it and cut at a random threshold; from random filters the quality, a matter of the smallest
-        coefficients, is not found in minutes of training. The quality starts near 50, the timesteps almost equally
-        likely.
+        The first convolution starts as the cosine transform of luma, each coefficient again and again, with limits of 1
+        to 16 levels. From filters that start without that, whitened or not, the quality is not found in thousands of
+        crops; with it, in hundreds. The blocks start close to the identity, the quality near 50, the timesteps almost
+        equally likely.
         """
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -185,18 +189,17 @@ class TimestepPredictor(nn.Module):
                 nn.init.orthogonal_(module.weight, gain=math.sqrt(2), generator=generator)
                 assert module.bias is not None
                 module.bias.zero_()
-        filters, norm = self.stem[0].weight, self.stem[1]
-        assert isinstance(filters, Tensor) and isinstance(norm.bias, Tensor)
-        basis = block_filters(self.config.patch).to(filters)
-        filters.copy_(basis[torch.arange(len(filters)) % len(basis)])
-        norm.bias.normal_(0, _START_OF_THRESHOLDS, generator=generator)
+        filters = self.stem[0].weight
+        assert isinstance(filters, Tensor)
+        filters.copy_(cut_cosines(len(filters), self.config.patch, generator))
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                _scale(module.res[-2], _START_OF_BLOCKS)
         for branch in filter(None, (self.quality_head, self.timestep_head)):
-            last = branch[-1].weight
-            assert isinstance(last, Tensor)
-            last.mul_(_START_OF_BRANCHES)
+            _scale(branch[-1], _START_OF_BRANCHES)
 
     def _features(self, x: Tensor) -> Tensor:
-        """Whole blocks (B, 3, h, w) to the map (B, width, floor(h / patch), floor(w / patch))."""
+        """Whole blocks (B, 3, h, w) to the map (B, stem, floor(h / patch), floor(w / patch))."""
         x = x - 0.5
         for layer in [*self.stem, *self.blocks]:
             x = layer(x)
@@ -211,15 +214,13 @@ class TimestepPredictor(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + relu(norm(conv(relu(norm(conv(x)))))), as the paper's figure draws it."""
+    """x + relu(norm(conv(relu(norm(conv(x)))))), as the paper's figure draws it, the second convolution 1 by 1."""
 
-    def __init__(self, channels: int, make: _Maker) -> None:
+    def __init__(self, channels: int, width: int, make: _Maker) -> None:
         super().__init__()
         self.res = nn.Sequential(
-            make.conv(channels, channels, 3, padding=1, padding_mode="replicate"), make.norm(channels),
-            nn.ReLU(inplace=True),
-            make.conv(channels, channels, 3, padding=1, padding_mode="replicate"), make.norm(channels),
-            nn.ReLU(inplace=True),
+            make.conv(channels, width, 3, padding=1, padding_mode="replicate"), make.norm(width), nn.ReLU(inplace=True),
+            make.conv(width, channels, 1), make.norm(channels), nn.ReLU(inplace=True),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,14 +250,23 @@ def expected_timestep(logits: Tensor, noise: Tensor | None = None) -> Tensor:
     return (scores.softmax(dim=-1) * timesteps).sum(dim=-1)
 
 
-def block_filters(side: int) -> Tensor:
-    """The orthonormal cosine transform of blocks in JPEG's colours as filters (3 side^2, 3, side, side), luma first."""
+def cut_cosines(channels: int, side: int, generator: torch.Generator) -> Tensor:
+    """Filters (channels, 3, side, side) that take images in [0, 1] to luma's cosine coefficients over their limits.
+
+    Channel i has coefficient i mod side^2, row by row, of either sign; what `_LIMIT` stands for grows from one round of
+    the coefficients to the next, from 1 to 16 levels, in equal ratios.
+    """
     positions = torch.arange(side, dtype=torch.float64)
     waves = torch.cos((2 * positions[None] + 1) * positions[:, None] * math.pi / (2 * side)) * math.sqrt(2 / side)
     waves[0] /= math.sqrt(2)
     blocks = torch.einsum("uy,vx->uvyx", waves, waves).flatten(0, 1)
-    filters = torch.einsum("kc,nyx->kncyx", torch.tensor(_YCC, dtype=torch.float64), blocks).flatten(0, 1)
-    return filters.float()
+    filters = blocks[:, None] * torch.tensor(_LUMA, dtype=torch.float64)[:, None, None]
+    rounds = math.ceil(channels / side**2)
+    number = torch.arange(channels)
+    cuts = _LOWEST_CUT * (_HIGHEST_CUT / _LOWEST_CUT) ** (number // side**2 / max(rounds - 1, 1))
+    signs = torch.randint(0, 2, (channels,), generator=generator, device=generator.device).cpu() * 2 - 1
+    scale = 255 * _LIMIT * signs / cuts
+    return (filters[number % side**2] * scale[:, None, None, None]).float()
 
 
 class _Maker:
@@ -274,6 +284,12 @@ class _Maker:
     def branch(self, inputs: int, hidden: int, outputs: int) -> nn.Sequential:
         first = self.operations.Linear(inputs, hidden, **self.factory)
         return nn.Sequential(first, nn.ReLU(inplace=True), self.operations.Linear(hidden, outputs, **self.factory))
+
+
+def _scale(layer: nn.Module, factor: float) -> None:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    weight.mul_(factor)
 
 
 def _pooled(features: Tensor) -> Tensor:

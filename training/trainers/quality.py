@@ -1,0 +1,95 @@
+"""SODiff's predictor, trained to tell the JPEG quality alone: the L_QF of its second stage, without the rest.
+
+The file serves as an estimate of the quality, and as the start of the predictor in that stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from restoration.networks.timestep_predictor import TimestepPredictor
+from restoration.restorer_file import RestorerFileError, RestorerMetadata
+from training.quality_configs import QualityConfig, ViewConfig
+from training.trainers.task import TaskDefaults
+
+_PART = "timestep."
+_GRID = 16
+"""Block grids of JPEGs start at multiples of this, with subsampled colours as well."""
+
+
+class QualityTask(TaskDefaults):
+    """The absolute error of the quality, 0 to 100."""
+
+    what_next = "copy it into ComfyUI/models/jpeg_restorers, or give it to SODiff's second stage"
+
+    def __init__(self, config: QualityConfig) -> None:
+        self.config = config
+        self.size_multiple = config.network.patch
+        self.model = TimestepPredictor(config.network)
+        self.model.initialize(torch.Generator().manual_seed(config.run.seed))
+
+    def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        estimated, _ = model(viewed(batch["degraded"], self.config.view, generator))
+        return (estimated - batch["quality"]).abs().mean()
+
+    def restore(self, degraded: Tensor, seed: int) -> Tensor:
+        """The picture as it is: this network restores nothing."""
+        return degraded
+
+    def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
+        """`quality_error`: the mean absolute error of the estimated quality."""
+        return {"quality_error": float((self.model(degraded)[0] - quality).abs().mean())}
+
+    def metadata(self, training: dict[str, Any], license: str) -> RestorerMetadata:
+        config = {"timestep_predictor": self.config.network.to_dict()}
+        return RestorerMetadata("quality", config, training=training, license=license)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {_PART + key: value for key, value in self.model.state_dict().items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Start from a predictor of the same shape: a file of this training, or one of SODiff, without its timesteps.
+
+        Raises:
+            RestorerFileError: It is another network, or no predictor.
+        """
+        given = {key.removeprefix(_PART): value for key, value in tensors.items() if key.startswith(_PART)}
+        given = {key: value for key, value in given.items() if not key.startswith("timestep_head.")}
+        state = self.model.state_dict()
+        wrong = sorted(
+            key for key in state.keys() | given.keys()
+            if key not in state or key not in given or state[key].shape != given[key].shape
+        )  # fmt: skip
+        if wrong:
+            raise RestorerFileError(
+                f"expected a quality predictor of {self.config.network}, got a file where {wrong[0]} is missing, left "
+                "over or of another shape. Choose a file of `python -m training quality` with the same network."
+            )
+        self.model.load_state_dict(given)
+
+
+def viewed(images: Tensor, view: ViewConfig, generator: torch.Generator) -> Tensor:
+    """Compressed crops (B, 3, S, S) in [0, 1] as the network sees them, (B, 3, side, side).
+
+    Most are cut out on the grid of their blocks. Some are shrunk first, as a JPEG is that somebody scaled and saved as
+    a PNG, rounded to 8 bits; some are cut out anywhere.
+    """
+    draws = torch.rand(len(images), 4, generator=generator, device=generator.device).tolist()
+    return torch.stack([_view(image, view, *draw) for image, draw in zip(images, draws, strict=True)])
+
+
+def _view(image: Tensor, view: ViewConfig, kind: float, amount: float, top: float, left: float) -> Tensor:
+    step = _GRID
+    if kind < view.resized:
+        side = view.side + round(amount * (image.shape[-1] - view.side))
+        image = F.interpolate(image[None], (side, side), mode="bicubic", antialias=True)[0]
+        image, step = (image * 255).round().clamp(0, 255) / 255, 1
+    elif kind < view.resized + (1 - view.resized) * view.misaligned:
+        step = 1
+    places = (image.shape[-1] - view.side) // step + 1
+    row, column = (min(int(draw * places), places - 1) * step for draw in (top, left))
+    return image[:, row : row + view.side, column : column + view.side]

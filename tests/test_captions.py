@@ -206,8 +206,8 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     template = (
         "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}"
-        "<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:"
-        "{% endif %}"
+        "<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     transformers.LlavaProcessor(
@@ -217,7 +217,7 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**shape, image_size=28, patch_size=14, projection_dim=16),
-        text_config=transformers.LlamaConfig(**shape, vocab_size=len(words), pad_token_id=0, bos_token_id=2, eos_token_id=3),
+        text_config=transformers.LlamaConfig(**shape, vocab_size=15, pad_token_id=0, bos_token_id=2, eos_token_id=3),
         image_token_id=4, vision_feature_layer=-1,
     )  # fmt: skip
     torch.manual_seed(0)

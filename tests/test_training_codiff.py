@@ -390,7 +390,7 @@ def test_a_run_can_start_from_a_codiff_file(config: CoDiffConfig, tmp_path: Path
     with pytest.raises(RestorerFileError, match=r"unet_lora .*'alpha': 2.0.*'alpha': 8.0.* Give --unet-lora"):
         louder.load(read_restorer(path).tensors)
     other_cave = CoDiffTask(replace(started, cave=write_cave(tmp_path / "other.safetensors", seed=9)))
-    with pytest.raises(RestorerFileError, match=r"another CaVE. Give it as --cave"):
+    with pytest.raises(RestorerFileError, match=r"another first stage. Give it as --cave"):
         other_cave.load(read_restorer(path).tensors)
     wider = CoDiffTask(replace(started, vae_lora=LoRAConfig(8, 4.0)))
     with pytest.raises(RestorerFileError, match=r"vae_lora\..*of another shape"):

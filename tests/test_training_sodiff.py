@@ -292,7 +292,7 @@ def test_a_run_can_start_from_a_sodiff_file(config: SODiffConfig, tmp_path: Path
     other.load(read_restorer(path).tensors)
     assert all(torch.equal(value, task.tensors()[key]) for key, value in other.tensors().items())
     elsewhere = write_saipe(tmp_path / "other-saipe.safetensors", seed=4)
-    with pytest.raises(RestorerFileError, match="another first stage"):
+    with pytest.raises(RestorerFileError, match="another first stage. Give it as --saipe"):
         SODiffTask(replace(config, saipe=elsewhere)).load(read_restorer(path).tensors)
     with pytest.raises(RestorerFileError, match="rank and alpha"):
         SODiffTask(replace(config, unet_lora=LoRAConfig(4, 8.0), run=replace(config.run, init_from=path))).load(

@@ -250,7 +250,7 @@ PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig | CaVETrainingCon
         ),
         "small": CaVETrainingConfig(
             data=DataConfig(
-                crop=128, augmentation="crop", flips=True, rotations=True, cache_mb=1000,
+                crop=192, augmentation="crop", flips=True, rotations=True, cache_mb=1000,
                 degradation=Degradation(quality_min=5, quality_max=95),
             ),
             network=CaVEConfig(widths=(8, 16, 32, 64), blocks=1),
@@ -260,8 +260,8 @@ PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig | CaVETrainingCon
             optimizer=OptimizerConfig(
                 learning_rate=3e-4, schedule="cosine", warmup_images=1000, weight_decay=0.0, ema_decay=0.0
             ),
-            validation=ValidationConfig(every=8_000, images=4, crop=128, qualities=_UNSEEN_QUALITIES),
-            run=RunConfig(output=Path("runs/cave-small"), images=16_000, batch=16, checkpoint_every=4_000),
+            validation=ValidationConfig(every=4_800, images=4, crop=128, qualities=_UNSEEN_QUALITIES),
+            run=RunConfig(output=Path("runs/cave-small"), images=9_600, batch=16, checkpoint_every=2_400),
         ),
     },
 }  # fmt: skip

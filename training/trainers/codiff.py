@@ -68,6 +68,7 @@ class CoDiffTask(OneStepTask[CoDiffModel]):
         ValueError: CaVE, the base model or the perceptual weights are missing or unfit, or the crops are too small.
     """
 
+    first_stage = "--cave"
     size_multiple = 32  # of CaVE's cells; the UNet and the VAE make do with 8
 
     def __init__(self, config: CoDiffConfig) -> None:

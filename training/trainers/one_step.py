@@ -130,6 +130,8 @@ class OneStepTask(TaskDefaults, Generic[ModelT]):
     """
 
     config: Any
+    first_stage: str
+    """The option that names its file."""
     model: ModelT
     perceptual: nn.Module | None
     kept: tuple[Tensor, Tensor] | None = None
@@ -210,7 +212,7 @@ class OneStepTask(TaskDefaults, Generic[ModelT]):
             self._check_scales(self.config.run.init_from)
         if any(not torch.equal(own[key].half(), tensors[key].half()) for key in own if key.startswith("prompt.")):
             raise RestorerFileError(
-                "the file to start from was trained with another first stage. Give it as first stage as well."
+                f"the file to start from was trained with another first stage. Give it as {self.first_stage} as well."
             )
         with torch.no_grad():
             for key, value in own.items():

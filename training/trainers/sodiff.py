@@ -74,6 +74,7 @@ class SODiffTask(OneStepTask[SODiffModel]):
             crops are too small.
     """
 
+    first_stage = "--saipe"
     size_multiple = 8
 
     def __init__(self, config: SODiffConfig) -> None:

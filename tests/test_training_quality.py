@@ -1,0 +1,214 @@
+"""The quality predictor's training: its loss, what of a crop it sees, its files, in half precision as well."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from restoration.networks.timestep_predictor import TimestepPredictor, TimestepPredictorConfig
+from restoration.restorer_file import RestorerFileError, half, read_restorer
+from tests.shared import shared_path
+from training.configs import RunConfig, ValidationConfig
+from training.degradation import compress
+from training.quality_configs import PRESETS, QualityConfig, ViewConfig
+from training.session import Session
+from training.trainers.quality import QualityTask, viewed
+
+SMALL = TimestepPredictorConfig(timesteps=0, stem=64, width=8, blocks=2, hidden=16)
+
+
+def quick(folder: Path, **run) -> QualityConfig:
+    """Two steps on three pictures of noise."""
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        picture = Image.fromarray(rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)).resize((120, 100))
+        picture.save(folder / "pictures" / f"{number}.png")
+    starter = PRESETS["starter"]
+    return replace(
+        starter,
+        data=replace(starter.data, train=folder / "pictures", workers=0, crop=64),
+        view=replace(starter.view, side=40),
+        network=SMALL,
+        validation=ValidationConfig(every=10**9, images=1, crop=64, qualities=(15, 55)),
+        run=RunConfig(folder / "run", images=8, batch=4, **run),
+    )
+
+
+def test_the_loss_is_the_mean_error_in_units_of_the_quality() -> None:
+    task = QualityTask(replace(PRESETS["starter"], view=ViewConfig(side=64), network=SMALL))
+    task.model.train()
+    degraded = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    batch = {"degraded": degraded, "quality": torch.tensor([5.0, 30.0, 60.0, 95.0])}
+    loss = task.loss(task.model, batch, torch.Generator().manual_seed(0))
+    estimated = task.model(degraded)[0].detach().numpy()
+    assert loss.item() == pytest.approx(np.abs(estimated - [5, 30, 60, 95]).mean(), rel=1e-4)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in task.model.parameters())
+
+
+# --- what of a crop is seen -------------------------------------------------------------------------------------------
+
+
+def crops(count: int, side: int) -> torch.Tensor:
+    """Pictures in which every pixel tells its place: red its row, green its column."""
+    places = torch.arange(side) / 255
+    image = torch.stack([places[:, None].expand(side, side), places[None].expand(side, side), torch.zeros(side, side)])
+    return image.expand(count, -1, -1, -1)
+
+
+def test_plain_crops_are_cut_out_on_the_grid_of_16_everywhere_that_they_fit() -> None:
+    seen = viewed(crops(300, 100), ViewConfig(side=50), torch.Generator().manual_seed(0))
+    assert seen.shape == (300, 3, 50, 50)
+    corners = {tuple(image[:2, 0, 0].mul(255).round().int().tolist()) for image in seen}
+    assert corners == {(row, column) for row in (0, 16, 32, 48) for column in (0, 16, 32, 48)}
+    for image in seen[:5]:
+        row, column = image[:2, 0, 0].mul(255).round().int().tolist()
+        assert torch.equal(image, crops(1, 100)[0, :, row : row + 50, column : column + 50])
+
+
+def test_misaligned_crops_are_cut_out_anywhere() -> None:
+    seen = viewed(crops(400, 100), ViewConfig(side=50, misaligned=0.5), torch.Generator().manual_seed(0))
+    corners = seen[:, :2, 0, 0].mul(255).round().int()
+    off = (corners % 16 != 0).any(dim=1).float().mean()
+    assert 0.4 < off < 0.6
+    assert corners.min() == 0 and corners.max() == 50
+
+
+def test_resized_crops_are_pillows_bicubic_within_rounding() -> None:
+    """Each lies somewhere in Pillow's reduction of the crop to a size from the view's to the whole crop's."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)).resize((96, 96))
+    image = torch.from_numpy(np.array(noise)).permute(2, 0, 1).float() / 255
+    for seed in range(6):
+        view, generator = ViewConfig(side=64, resized=1.0), torch.Generator().manual_seed(seed)
+        seen = viewed(image[None], view, generator)[0]
+        assert seen.shape == (3, 64, 64)
+        levels = seen * 255
+        torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
+        assert found_in(noise, levels.permute(1, 2, 0).numpy())
+
+
+def found_in(whole: Image.Image, seen: np.ndarray) -> bool:
+    """Whether a square is one of those of Pillow's reductions of a picture, to a level."""
+    size = len(seen)
+    for side in range(size, whole.width + 1):
+        small = np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC)).astype(float)
+        corners = np.abs(small[: side - size + 1, : side - size + 1] - seen[0, 0]).max(axis=-1) < 1.01
+        for row, column in np.argwhere(corners):
+            if np.abs(small[row : row + size, column : column + size] - seen).max() < 1.01:
+                return True
+    return False
+
+
+def test_views_follow_from_the_generator_alone() -> None:
+    view, given = ViewConfig(side=40, resized=0.5, misaligned=0.5), crops(8, 90)
+    first, second, third = (viewed(given, view, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: replace(c, view=replace(c.view, side=300)), "at most data.crop, 256"),
+        (lambda c: replace(c, network=replace(c.network, timesteps=1000)), "expected 0, got 1000"),
+        (lambda c: replace(c, view=ViewConfig(side=4)), "at least 8"),
+        (lambda c: replace(c, view=ViewConfig(resized=1.5)), "shares from 0 to 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(change, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        change(PRESETS["starter"])
+
+
+# --- runs and files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_a_file_and_measures_the_quality(tmp_path: Path, capsys) -> None:
+    config = quick(tmp_path, license="CC0-1.0", half=True)
+    session = Session("quality", config)
+    session.train()
+    file = read_restorer(tmp_path / "run" / "quality.safetensors")
+    metadata = file.metadata
+    assert (metadata.family, metadata.base, metadata.license) == ("quality", None, "CC0-1.0")
+    assert metadata.config == {"timestep_predictor": SMALL.to_dict()}
+    assert metadata.training["images"] == 8 and metadata.training["metrics"]["quality_error/qf15"] > 0
+    assert "quality error" in capsys.readouterr().out
+    network = TimestepPredictor(TimestepPredictorConfig(**metadata.config["timestep_predictor"]))
+    network.load_state_dict(file.part("timestep"))
+    picture = torch.rand(1, 3, 70, 50, generator=torch.Generator().manual_seed(0))
+    trained = session.task.model
+    assert isinstance(trained, TimestepPredictor)
+    assert int(network.stem[2].num_batches_tracked) == 2
+    torch.testing.assert_close(network.eval()(picture)[0], trained.eval()(picture)[0], atol=0.2, rtol=0)
+
+
+def test_a_run_starts_from_a_file_of_the_same_shape(tmp_path: Path) -> None:
+    """A file of SODiff's serves as well: its timesteps are left behind."""
+    task = QualityTask(replace(PRESETS["starter"], network=SMALL))
+    whole = TimestepPredictor(replace(SMALL, timesteps=9))
+    whole.initialize(torch.Generator().manual_seed(7))
+    tensors = {f"timestep.{key}": value for key, value in whole.state_dict().items()}
+    task.load({**tensors, "prompt.other": torch.zeros(3)})
+    for key, value in task.model.state_dict().items():
+        assert torch.equal(value, tensors[f"timestep.{key}"]), key
+    assert task.tensors().keys() == {key for key in tensors if "timestep_head" not in key}
+    del tensors["timestep.stem.0.bias"]
+    with pytest.raises(RestorerFileError, match=r"stem\.0\.bias"):
+        task.load(tensors)
+    with pytest.raises(RestorerFileError, match="same network"):
+        task.load({"prompt.other": torch.zeros(3)})
+
+
+@torch.no_grad()
+def test_a_file_in_half_precision_tells_the_same_quality() -> None:
+    """The starting network of the preset, whose statistics are those of photograph-like pictures: within 0.2."""
+    task = QualityTask(PRESETS["starter"])
+    task.model.quality_head[-1].weight.mul_(100)  # undoes the small start, so that rounding shows
+    rng = np.random.default_rng(0)
+    small = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(6)]
+    pictures = [np.asarray(picture.resize((96, 96), Image.Resampling.BICUBIC)) for picture in small]
+    seen = torch.stack([
+        torch.from_numpy(compress(picture, quality)).permute(2, 0, 1).float() / 255
+        for picture, quality in zip(pictures, (5, 20, 40, 60, 80, 95), strict=True)
+    ])  # fmt: skip
+    for _ in range(30):
+        task.model.train()(seen)  # statistics
+    expected = task.model.eval()(seen)[0]
+    rounded = {key.removeprefix("timestep."): value for key, value in half(task.tensors()).items()}
+    assert rounded["stem.0.weight"].dtype == torch.float16
+    stored = TimestepPredictor(task.config.network)
+    stored.load_state_dict(rounded)
+    assert expected.std() > 1
+    torch.testing.assert_close(stored.eval()(seen)[0], expected, atol=0.2, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_minute_of_training_tells_qualities_on_pictures_that_were_not_seen(tmp_path: Path) -> None:
+    """3,200 crops, then LIVE1 in whole at qualities 10 to 90: better than 10, where the best constant has 24."""
+    starter = PRESETS["starter"]
+    config = replace(
+        starter,
+        data=replace(starter.data, train=shared_path("data", "train"), crop=128, workers=0),
+        view=ViewConfig(side=128),
+        validation=ValidationConfig(every=10**9, images=1, crop=128, qualities=(15,)),
+        run=RunConfig(tmp_path / "run", images=3_200, batch=32, checkpoint_every=10**9, checkpoint_minutes=1e9),
+    )
+    session = Session("quality", config)
+    session.train()
+    network = session.task.model.eval()
+    errors = []
+    for path in sorted(shared_path("data", "eval", "LIVE1").glob("*.webp"))[:10]:
+        clean = np.asarray(Image.open(path).convert("RGB"))
+        for quality in (10, 30, 50, 70, 90):
+            degraded = torch.from_numpy(compress(clean, quality)).movedim(-1, 0)[None].float() / 255
+            with torch.no_grad():
+                errors.append(abs(float(network(degraded)[0]) - quality))
+    print("mean absolute error", np.mean(errors))
+    assert np.mean(errors) < 10

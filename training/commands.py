@@ -74,6 +74,18 @@ def _codiff(config: Any) -> Task:
     return CoDiffTask(config)
 
 
+def _saipe_presets() -> dict[str, Any]:
+    from training.saipe_configs import PRESETS
+
+    return PRESETS
+
+
+def _saipe(config: Any) -> Task:
+    from training.trainers.saipe import SAIPETask
+
+    return SAIPETask(config)
+
+
 def _sodiff_presets() -> dict[str, Any]:
     from training.sodiff_configs import PRESETS
 
@@ -103,6 +115,7 @@ COMMANDS = {
     "regression": Command("train its baseline: the same network, one evaluation", _regression_presets, _regression),
     "cave": Command("train CaVE, CODiff's first stage: the embedder of JPEG artefacts", _cave_presets, _cave),
     "codiff": Command("train CODiff's second stage: a Stable Diffusion 2.1 that CaVE guides", _codiff_presets, _codiff),
+    "saipe": Command("train SAIPE, SODiff's first stage: prompts seen in the picture", _saipe_presets, _saipe),
     "sodiff": Command(
         "train SODiff's second stage: a Stable Diffusion 2.1 that SAIPE guides", _sodiff_presets, _sodiff
     ),

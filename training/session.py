@@ -91,7 +91,7 @@ class Session:
         )
         validation = Validation(config.validation, self.validation, self.task.size_multiple, folder.show, folder.say)
         self.task.take_validation(validation.pictures)
-        dataset = self._dataset()
+        dataset = self.task.dataset(self.training, self.validation) or self._dataset()
         if not self.resuming and config.run.init_from is None:
             self.task.look(torch.stack([dataset[index]["degraded"] for index in range(_LOOKED_AT)]))
         trainer = Trainer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from restoration.restorer_file import RestorerMetadata
 from training.configs import OptimizerConfig
+from training.data import PairDataset
 
 
 class Task(Protocol):
@@ -65,6 +68,10 @@ class Task(Protocol):
         """Fit the first weights to pictures (N, 3, H, W) of the training, where a run begins with new ones."""
         ...
 
+    def dataset(self, paths: Sequence[Path], validation: Sequence[Path]) -> PairDataset | None:
+        """What is trained on, of the pictures for training and for validation; None for the usual pairs."""
+        ...
+
     def take_validation(self, pictures: list[np.ndarray]) -> None:
         """The clean pictures (H, W, 3), uint8, of the validation, for what the export measures; before the first
         step."""
@@ -104,6 +111,10 @@ class TaskDefaults:
 
     def look(self, degraded: Tensor) -> None:
         """Nothing depends on the pictures."""
+
+    def dataset(self, paths: Sequence[Path], validation: Sequence[Path]) -> PairDataset | None:
+        """The usual pairs."""
+        return None
 
     def take_validation(self, pictures: list[np.ndarray]) -> None:
         """The export measures nothing."""

@@ -1,0 +1,171 @@
+"""Training pairs with the text states of their captions: still pure functions of the seed and the index."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.captions import DEFAULT_NAME, CaptionedCrop, CaptionError, cut_crop, read_captions, read_texts
+from training.configs import DataConfig
+from training.data import DECODE_ERRORS, PairDataset, find_images
+from training.degradation import degrade
+from training.text_states import TextStates
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What is known of a folder's pictures.
+
+    Args:
+        folder: Of the pictures.
+        crops: Crops with their boxes and qualities, from a caption file; empty where captions are of whole pictures.
+        texts: Captions of whole pictures, from `.txt` files; their crops are free.
+        origin: Where they come from, for messages.
+    """
+
+    folder: Path
+    crops: tuple[CaptionedCrop, ...]
+    texts: dict[Path, str]
+    origin: str
+
+    def of(self, paths: Sequence[Path]) -> Captions:
+        """Those of some pictures."""
+        wanted = set(paths)
+        crops = tuple(crop for crop in self.crops if self.folder / crop.path in wanted)
+        return replace(self, crops=crops, texts={path: self.texts[path] for path in paths if path in self.texts})
+
+    def pictures(self) -> int:
+        """How many pictures have one."""
+        return len({crop.path for crop in self.crops}) + len(self.texts)
+
+    def all(self) -> list[str]:
+        """The captions themselves."""
+        return [*(crop.caption for crop in self.crops), *self.texts.values()]
+
+    def dataset(self, data: DataConfig, seed: int, states: TextStates) -> PairDataset:
+        """Pairs of these pictures alone, with `text`, float16 (tokens, width), in each item."""
+        if self.crops:
+            return CaptionedCrops(self.folder, self.crops, data, seed, states)
+        return CaptionedPictures(self.texts, data, seed, states)
+
+
+def find_captions(folder: Path, file: Path | None) -> Captions | None:
+    """The captions of a folder: those of `file`, else of the folder's own caption file, else of its `.txt` files.
+
+    Raises:
+        CaptionError: A file is missing or broken.
+        FileNotFoundError: The folder has no pictures.
+    """
+    if file is None and (folder / DEFAULT_NAME).is_file():
+        file = folder / DEFAULT_NAME
+    if file is not None:
+        crops = tuple(read_captions(file))
+        return Captions(folder, crops, {}, str(file)) if crops else None
+    texts = read_texts(find_images(folder))
+    return Captions(folder, (), texts, f"the .txt files in {folder}") if texts else None
+
+
+def check_crops_fit(captions: Captions, data: DataConfig) -> None:
+    """Refuse a configuration that would change crops whose captions are fixed.
+
+    Raises:
+        CaptionError: Crops of another size, or crops that are turned, mirrored or displaced.
+    """
+    other = next((crop for crop in captions.crops if crop.side != data.crop), None)
+    if other is not None:
+        raise CaptionError(
+            f"{captions.origin} describes crops of {other.side} pixels, data.crop is {data.crop}. Set it to "
+            f"{other.side}, or caption others: python -m training prepare captions --crop {data.crop}."
+        )
+    if captions.crops and (data.flips or data.rotations):
+        raise CaptionError(
+            f"data.flips, data.rotations: {captions.origin} describes crops as they are, where left is left. Turn both "
+            "off."
+        )
+    if captions.crops and data.degradation.misaligned_max:
+        raise CaptionError(
+            f"data.degradation.misaligned_max: the boxes of {captions.origin} are fixed, no crop can be displaced. Set "
+            "it to 0, with misaligned_probability."
+        )
+
+
+class _Captioned(PairDataset):
+    """Pairs of some pictures as a configuration describes them."""
+
+    def __init__(self, paths: Sequence[Path], data: DataConfig, seed: int, states: TextStates) -> None:
+        super().__init__(
+            paths, data.crop, data.degradation, seed=seed, augmentation=data.augmentation, flips=data.flips,
+            rotations=data.rotations, downscale=data.downscale, cache_mb=data.cache_mb,
+        )  # fmt: skip
+        self.states = states
+
+
+class CaptionedPictures(_Captioned):
+    """Free crops of pictures with a caption each: an item's `text` is that of its whole picture."""
+
+    def __init__(self, texts: dict[Path, str], data: DataConfig, seed: int, states: TextStates) -> None:
+        super().__init__(list(texts), data, seed, states)
+        self.texts = texts
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        return {**item, "text": self.states[self.texts[Path(item["path"])]]}
+
+
+class CaptionedCrops(_Captioned):
+    """The crops of a caption file, each with its own box and JPEG quality; an epoch goes through all of them.
+
+    The rest of the degradation (chroma subsampling, an earlier compression, the decoder) is drawn as for other pairs.
+    """
+
+    def __init__(
+        self, folder: Path, crops: Sequence[CaptionedCrop], data: DataConfig, seed: int, states: TextStates
+    ) -> None:
+        super().__init__([folder / crop.path for crop in crops], data, seed, states)
+        self.crops = list(crops)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, picture = self._crop(index)
+        crop, margin = self.crops[number], self.degradation.margin
+        left, top, right, bottom = crop.box
+        window = cut_crop(picture, (left - margin, top - margin, right, bottom))
+        law = replace(
+            self.degradation, quality_min=crop.quality, quality_max=crop.quality, choice_probability=0.0
+        )  # fmt: skip
+        pair = degrade(window, law, np.random.default_rng([self.seed, 1, index]), margin=margin)
+        return {
+            "clean": _tensor(pair.clean),
+            "degraded": _tensor(pair.image),
+            "quality": torch.tensor(float(pair.quality)),
+            "index": index,
+            "path": str(self.paths[number]),
+            "text": self.states[crop.caption],
+        }
+
+    def _crop(self, index: int) -> tuple[int, np.ndarray]:
+        """Which crop this index has, and its picture; where that cannot be decoded, those of the next in the epoch."""
+        epoch, position = divmod(index, len(self.crops))
+        if self._permutation[0] != epoch:
+            order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.crops))
+            self._permutation = (epoch, order)
+        for step in range(len(self.crops)):
+            number = int(self._permutation[1][(position + step) % len(self.crops)])
+            if number not in self._broken:
+                try:
+                    return number, self._cache.load(self.paths[number])
+                except DECODE_ERRORS as error:
+                    self._broken.add(number)
+                    logger.warning("skipping %s, which cannot be decoded: %s", self.paths[number], error)
+        raise RuntimeError(f"none of the {len(self.crops)} captioned crops can be decoded, e.g. of {self.paths[0]}")
+
+
+def _tensor(picture: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32) / np.float32(255)).contiguous()

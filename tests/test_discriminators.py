@@ -31,6 +31,27 @@ def with_trained_adapters(discriminator):
     return discriminator
 
 
+@torch.no_grad()
+def with_merged_adapters(unet, discriminator, alpha=2.0, rank=4):
+    """A copy of the whole UNet that has learned what the adapters have, and a list where it leaves middle features."""
+    whole, seen = copy.deepcopy(unet), []
+    for name, module in whole.named_modules():
+        adapted = dict(discriminator.backbone.named_modules()).get(name)
+        if hasattr(adapted, "lora_A"):
+            down, up = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+            module.weight += alpha / rank * (up.flatten(1) @ down.flatten(1)).view_as(module.weight)
+    whole.mid_block.register_forward_hook(lambda _, __, output: seen.append(output))
+    return whole, seen
+
+
+def judged(head, features):
+    """The head by its formula."""
+    first, norm, _, last = head
+    hidden = F.conv2d(features, first.weight, first.bias, stride=1, padding=1)
+    hidden = F.silu(F.group_norm(hidden, 32, norm.weight, norm.bias, 1e-5))
+    return F.conv2d(hidden, last.weight, last.bias, stride=1, padding=1)
+
+
 def latents(*size, seed=1):
     return torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(seed))
 
@@ -59,19 +80,10 @@ def test_at_full_size_it_has_the_authors_parts():
 @torch.no_grad()
 def test_the_logits_are_the_heads_of_the_feature_that_diffusers_computes_with_merged_adapters(unet):
     discriminator = with_trained_adapters(make(unet))
-    merged, seen = copy.deepcopy(unet), []
-    for name, module in merged.named_modules():
-        adapted = dict(discriminator.backbone.named_modules()).get(name)
-        if hasattr(adapted, "lora_A"):
-            down, up = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
-            module.weight += 2.0 / 4 * (up.flatten(1) @ down.flatten(1)).view_as(module.weight)
-    merged.mid_block.register_forward_hook(lambda _, __, output: seen.append(output))
     x = latents(12, 9)
-    merged(x, 199, discriminator.prompt.expand(2, -1, -1))
-    first, norm, _, last = discriminator.head
-    hidden = F.conv2d(seen[0], first.weight, first.bias, stride=1, padding=1)
-    hidden = F.silu(F.group_norm(hidden, 32, norm.weight, norm.bias, 1e-5))
-    expected = F.conv2d(hidden, last.weight, last.bias, stride=1, padding=1)
+    whole, seen = with_merged_adapters(unet, discriminator)
+    whole(x, 199, discriminator.prompt.expand(2, -1, -1))
+    expected = judged(discriminator.head, seen[0])
     logits = discriminator(x)
     assert logits.shape == (2, 1, 4, 3)  # half of 12 and of 9, rounded up, less 2
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
@@ -178,6 +190,13 @@ def test_latents_that_leave_no_logit_are_refused_with_the_smallest_crop(unet):
     assert discriminator(latents(5, 5)).shape == (2, 1, 1, 1)
     with pytest.raises(ValueError, match=r"latents of at least 5x5, that is crops of 40 pixels, got \(2, 4, 6, 4\)"):
         discriminator(latents(6, 4))
+
+
+def test_tokens_and_a_generator_are_taken_as_of_sodiffs_and_not_used(unet):
+    discriminator, x, generator = make(unet), latents(8, 8), torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    assert torch.equal(discriminator(x, torch.ones(2, 77, 1024), generator), discriminator(x))
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_losses_are_binary_cross_entropies():

@@ -2,14 +2,17 @@
 
 import urllib.error
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from scipy import ndimage
 from shared import shared_path
+from torchvision.transforms.functional import rgb_to_grayscale
 
 from restoration.dists import load_dists
 from restoration.lpips import load_lpips_squeeze
-from training.losses import PerceptualConfig, make_perceptual
+from training.losses import EdgeAware, PerceptualConfig, make_perceptual, sobel_edges
 
 DOWNLOAD = "torchvision.models._api.load_state_dict_from_url"
 
@@ -89,3 +92,75 @@ def test_a_named_vgg16_that_is_missing_is_not_downloaded_instead(dists_weights, 
 def test_a_weight_that_is_no_weight_is_refused(weight):
     with pytest.raises(ValueError, match=r"perceptual\.weight: expected a number >= 0"):
         PerceptualConfig(weight=weight)
+
+
+def test_edges_are_the_magnitude_of_scipys_two_derivatives_of_torchvisions_gray():
+    images, _ = pictures()
+    kernel = np.outer([1, 2, 1], [1, 0, -1])
+    for image, edges in zip(rgb_to_grayscale(images)[:, 0].double().numpy(), sobel_edges(images), strict=True):
+        gx, gy = (ndimage.convolve(image, weights, mode="constant", cval=0) for weights in (kernel, kernel.T))
+        np.testing.assert_allclose(edges[0].numpy(), np.sqrt(gx**2 + gy**2 + 1e-6), rtol=0, atol=2e-6)
+
+
+def test_edges_of_a_step_are_four_times_its_gray_and_not_clamped():
+    red = torch.zeros(1, 3, 8, 10)
+    red[:, 0, :, 5:] = 1
+    edges = sobel_edges(red)
+    assert edges.shape == (1, 1, 8, 10)
+    torch.testing.assert_close(edges[0, 0, 1:-1, 1:-1].unique(), torch.tensor([1e-3, 4 * 0.2989]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(edges[0, 0, 1:-1, 4:6], torch.full((6, 2), 4 * 0.2989), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gray", [0.0, 0.5])
+def test_gradients_of_edges_are_finite_where_a_picture_is_flat(gray):
+    flat = torch.full((1, 3, 8, 8), gray, requires_grad=True)
+    sobel_edges(flat).sum().backward()
+    assert flat.grad.isfinite().all()
+    assert float(flat.grad[..., 2:-2, 2:-2].abs().max()) < 1e-9  # away from the border nothing is steep
+
+
+def test_edges_are_float32_under_autocast_and_of_pictures_in_half_precision():
+    images, _ = pictures()
+    with torch.autocast("cpu", torch.bfloat16):
+        edges = sobel_edges(images)
+    assert edges.dtype == torch.float32
+    assert torch.equal(edges, sobel_edges(images))
+    assert torch.equal(sobel_edges(images.half()), sobel_edges(images.half().float()))
+    assert sobel_edges(images.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (3, 16, 16)])
+def test_edges_of_what_is_no_picture_in_colour_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected pictures \(B,3,H,W\), got"):
+        sobel_edges(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("kind", ["dists", "lpips"])
+def test_edge_aware_is_the_distance_of_pictures_plus_that_of_their_edges_in_three_channels(
+    kind, vgg16, dists_weights, tmp_path
+):
+    torch.save(vgg16, tmp_path / "vgg16.pth")
+    lpips = shared_path("weights", "lpips_squeeze", "lpips_squeeze_f32.npz")
+    named = {"vgg16": tmp_path / "vgg16.pth", "dists": dists_weights} if kind == "dists" else {"lpips": lpips}
+    plain = make_perceptual(PerceptualConfig(kind, **named))
+    module = make_perceptual(PerceptualConfig(kind, edges=True, **named))
+    assert isinstance(module, EdgeAware)
+    assert not isinstance(plain, EdgeAware)
+    x, y = pictures()
+    edges = plain(sobel_edges(x).repeat(1, 3, 1, 1), sobel_edges(y).repeat(1, 3, 1, 1))
+    assert float(edges.min()) > 1e-3
+    torch.testing.assert_close(module(x, y), plain(x, y) + edges, rtol=1e-6, atol=1e-7)
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_edge_aware_dists_teaches_a_flat_picture(vgg16, dists_weights, tmp_path):
+    torch.save(vgg16, tmp_path / "vgg16.pth")
+    module = make_perceptual(PerceptualConfig(vgg16=tmp_path / "vgg16.pth", dists=dists_weights, edges=True))
+    flat = torch.full((2, 3, 32, 40), 0.5, requires_grad=True)
+    module(flat, pictures()[1]).sum().backward()
+    assert flat.grad.isfinite().all()
+    assert flat.grad.any()
+
+
+def test_no_distance_has_no_edges_either():
+    assert make_perceptual(PerceptualConfig("none", edges=True)) is None

@@ -44,12 +44,27 @@ def test_the_loss_is_the_mean_error_in_units_of_the_quality() -> None:
     task = QualityTask(replace(PRESETS["starter"], view=ViewConfig(side=64), network=SMALL))
     task.model.train()
     degraded = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    batch = {"degraded": degraded, "quality": torch.tensor([5.0, 30.0, 60.0, 95.0])}
+    batch = {"clean": degraded.flip(3), "degraded": degraded, "quality": torch.tensor([5.0, 30.0, 60.0, 95.0])}
     loss = task.loss(task.model, batch, torch.Generator().manual_seed(0))
     estimated = task.model(degraded)[0].detach().numpy()
     assert loss.item() == pytest.approx(np.abs(estimated - [5, 30, 60, 95]).mean(), rel=1e-4)
     loss.backward()
     assert all(parameter.grad is not None for parameter in task.model.parameters())
+
+
+def test_a_share_of_the_crops_is_clean_and_has_quality_100() -> None:
+    """A model that tells the picture's mean: of the compressed crops it is 10, of the clean ones 80."""
+    view = ViewConfig(side=16, uncompressed=0.25)
+    task = QualityTask(replace(PRESETS["starter"], view=view, network=SMALL))
+    degraded = torch.full((1000, 3, 16, 16), 0.1)
+    batch = {"clean": torch.full_like(degraded, 0.8), "degraded": degraded, "quality": torch.full((1000,), 7.0)}
+
+    def mean(images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return 100 * images.mean(dim=(1, 2, 3)), None
+
+    loss = task.loss(mean, batch, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    share = (loss.item() - 3) / (20 - 3)
+    assert 0.2 < share < 0.3
 
 
 # --- what of a crop is seen -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ _DEGRADATION = Degradation(
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """What of a compressed crop the network sees: as it is, shrunk after the compression, or cut off the block grid."""
+    """What of a compressed crop the network sees: as it is, shrunk after it, cut off the block grid, or no JPEG."""
 
     side: int = 128
     """Side of the square that the network sees, pixels; at most `data.crop`."""
@@ -30,9 +30,12 @@ class ViewConfig:
     """Share of crops that are shrunk after the compression, by a factor from side / crop to 1."""
     misaligned: float = 0.0
     """Share of the others that are cut out anywhere, not on the block grid."""
+    uncompressed: float = 0.0
+    """Share of crops that are no JPEG at all; their quality is 100."""
 
     def __post_init__(self) -> None:
-        if self.side < 8 or not (0 <= self.resized <= 1 and 0 <= self.misaligned <= 1):
+        shares = (self.resized, self.misaligned, self.uncompressed)
+        if self.side < 8 or not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"view: expected a side of at least 8 and shares from 0 to 1, got {self}.")
 
 
@@ -45,7 +48,7 @@ class QualityConfig:
             crop=512, augmentation="crop", flips=True, rotations=True, downscale=(1.0, 2.0), degradation=_DEGRADATION
         )
     )
-    view: ViewConfig = field(default_factory=lambda: ViewConfig(side=256, resized=0.15, misaligned=0.1))
+    view: ViewConfig = field(default_factory=lambda: ViewConfig(256, resized=0.15, misaligned=0.1, uncompressed=0.08))
     network: TimestepPredictorConfig = field(default_factory=lambda: TimestepPredictorConfig(timesteps=0))
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(

@@ -19,6 +19,8 @@ from training.trainers.task import TaskDefaults
 _PART = "timestep."
 _GRID = 16
 """Block grids of JPEGs start at multiples of this, with subsampled colours as well."""
+_UNCOMPRESSED = 100.0
+"""The quality of what is no JPEG."""
 
 
 class QualityTask(TaskDefaults):
@@ -33,8 +35,12 @@ class QualityTask(TaskDefaults):
         self.model.initialize(torch.Generator().manual_seed(config.run.seed))
 
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        estimated, _ = model(viewed(batch["degraded"], self.config.view, generator))
-        return (estimated - batch["quality"]).abs().mean()
+        images, quality = batch["degraded"], batch["quality"]
+        draws = torch.rand(len(images), generator=generator, device=generator.device).to(images.device)
+        untouched = draws < self.config.view.uncompressed
+        images = torch.where(untouched[:, None, None, None], batch["clean"], images)
+        estimated, _ = model(viewed(images, self.config.view, generator))
+        return (estimated - quality.masked_fill(untouched, _UNCOMPRESSED)).abs().mean()
 
     def restore(self, degraded: Tensor, seed: int) -> Tensor:
         """The picture as it is: this network restores nothing."""

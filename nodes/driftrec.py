@@ -9,14 +9,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..restoration.color import COLOR_CORRECTIONS
-from ..restoration.diffusion.prediction import RegressionRestorer, ScoreDenoiser
+from ..restoration.diffusion.prediction import RegressionRestorer
 from ..restoration.diffusion.samplers import SAMPLERS
 from ..restoration.jpeg import JPEGData
 from ..restoration.jpeg.consistency import clamp_to_cells
 from ..restoration.pipelines import Compute, DriftRecSettings, Projection, restore_driftrec, restore_regression
 from .images import join_image, split_image
 from .runtime import ProgressReport, image_device, prepare_compute
-from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_restorer
+from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_jpegs, expect_restorer
 
 _DEFAULTS = DriftRecSettings()
 
@@ -60,7 +60,7 @@ class DriftRecSample(io.ComfyNode):
     ) -> io.NodeOutput:
         with errors_of("DriftRecSample"):
             settings = DriftRecSettings(sampler, steps, tolerance, t_eps, seed, samples, color)
-            expect_restorer(restorer, (ScoreDenoiser, RegressionRestorer), "driftrec or regression")
+            expect_restorer(restorer, "driftrec", "regression")
             pictures, alpha = split_image(image)
             projections = None if jpeg is None else _projections(jpeg, pictures)
             compute = prepare_compute(restorer, pictures.shape[-2], pictures.shape[-1], tile, overlap)
@@ -168,8 +168,7 @@ def _inputs() -> list[io.Input]:
 
 def _projections(jpegs: Any, pictures: Tensor) -> list[Projection]:
     """One clamp for each picture; one JPEG serves a whole batch."""
-    if not isinstance(jpegs, list) or not all(isinstance(jpeg, JPEGData) for jpeg in jpegs):
-        raise ValueError("expected JPEG_DATA of this pack at the input jpeg. Connect Load JPEG or Compress to JPEG.")
+    jpegs = expect_jpegs(jpegs)
     if len(jpegs) not in (1, len(pictures)):
         raise ValueError(
             f"expected one JPEG for each of the {len(pictures)} images, or one for all, got {len(jpegs)}. Connect "

@@ -10,6 +10,7 @@ from .driftrec import DriftRecSample
 from .files import LoadJPEG, LoadJPEGRestorer
 from .one_step import CaVEEmbed, OneStepDenoise
 from .runtime import register_restorer_folders
+from .sodiff import QFTimestepPredict, SAIPEPrompt
 
 
 class JPEGRestorerExtension(ComfyExtension):
@@ -23,6 +24,8 @@ class JPEGRestorerExtension(ComfyExtension):
             LoadJPEG,
             LoadJPEGRestorer,
             CaVEEmbed,
+            SAIPEPrompt,
+            QFTimestepPredict,
             OneStepDenoise,
             DriftRecSample,
             JPEGCompress,

@@ -1,4 +1,4 @@
-"""Nodes that load files: a JPEG, a restorer."""
+"""Nodes that load files: a JPEG or another picture, a restorer."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..restoration.jpeg import JPEGError, apply_orientation, read_jpeg_and_pixels
+from ..restoration.jpeg import JPEGData, JPEGError, apply_orientation, read_jpeg_and_pixels
+from ..restoration.pictures import picture_format, read_picture
+from ..restoration.pipelines import predict_timesteps
 from ..restoration.restorer_file import read_restorer
 from .adapters import adapt_model, adapt_vae
 from .images import join_image
-from .runtime import DTYPES, image_device, load_restorer, restorer_names, restorer_path
-from .types import JPEGDataSocket, RestorerSocket, errors_of
+from .runtime import DTYPES, image_device, load_restorer, prepare_exact, restorer_names, restorer_path
+from .types import JPEGDataSocket, NoJPEG, RestorerSocket, errors_of, expect_restorer
 
-JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff")
+QUALITY_ESTIMATOR = "starter-quality.safetensors"
+_TILE = 1024
 
 
 class LoadJPEG(io.ComfyNode):
-    """A JPEG file with all that it says."""
+    """A JPEG file with all that it says; of another picture, its pixels and an estimate of its quality."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -31,28 +37,31 @@ class LoadJPEG(io.ComfyNode):
             category="image/restoration",
             description="Loads a JPEG file as a picture, together with what only the file knows: its quantised "
             "coefficients, tables and orientation. The pixels are libjpeg's, as training saw them; Load Image "
-            "decodes JPEGs differently.",
+            "decodes JPEGs differently. Of PNG, WebP, BMP and TIFF files, which may have been JPEGs before, the "
+            "quality is estimated from the pixels.",
             search_aliases=["load jpg", "open jpeg", "jpeg quality", "quantization tables", "jpeg loader"],
             inputs=[
                 io.Combo.Input(
                     "image",
-                    options=jpeg_files(),
+                    options=picture_files(),
                     upload=io.UploadType.image,
                     image_folder=io.FolderType.input,
-                    tooltip="A JPEG in ComfyUI's input folder. Drop a file on the node to upload it.",
+                    tooltip="A JPEG, or a PNG, WebP, BMP or TIFF, in ComfyUI's input folder. Drop a file on the node "
+                    "to upload it.",
                 ),
             ],
             outputs=[
                 io.Image.Output("IMAGE", tooltip="The picture, turned upright as its EXIF orientation says."),
                 JPEGDataSocket.Output(
                     "JPEG_DATA",
-                    tooltip="What the file holds without loss; restorers keep their result consistent with it.",
+                    tooltip="What the file holds without loss; restorers keep their result consistent with it. Only "
+                    "of JPEGs.",
                 ),
                 io.Float.Output(
                     "quality",
                     display_name="quality",
                     tooltip="Quality from 1 to 100, read off the quantisation tables; the nearest one where they "
-                    "are not standard.",
+                    "are not standard. Of other files the one that their pixels look like, estimated by a network.",
                 ),
                 io.String.Output("name", display_name="name", tooltip="The file's name without folder and ending."),
             ],
@@ -61,11 +70,10 @@ class LoadJPEG(io.ComfyNode):
     @classmethod
     def execute(cls, image: str) -> io.NodeOutput:
         with errors_of("LoadJPEG"):
-            jpeg, pixels = read_jpeg_and_pixels(_input_path(image))
-        upright = apply_orientation(pixels, jpeg.orientation)[None]
-        return io.NodeOutput(
-            join_image(upright, None, image_device()), [jpeg], jpeg.quality.quality, Path(jpeg.name).stem
-        )
+            path = _input_path(image)
+            load = _load_jpeg if picture_format(path) is None else _load_other
+            upright, jpeg, quality = load(path)
+        return io.NodeOutput(join_image(upright, None, image_device()), [jpeg], quality, Path(jpeg.name).stem)
 
     @classmethod
     def validate_inputs(cls, image: str | None = None) -> bool | str:
@@ -93,9 +101,11 @@ class LoadJPEGRestorer(io.ComfyNode):
             display_name="Load JPEG Restorer",
             category="model/loaders",
             description="Loads a network that restores JPEGs, from models/jpeg_restorers or from the weights of "
-            "this pack. Restorers of the family codiff adapt Stable Diffusion 2.1-base: connect its MODEL and VAE.",
+            "this pack. Restorers of the families codiff and sodiff adapt Stable Diffusion 2.1-base: connect its MODEL "
+            "and VAE.",
             search_aliases=[
-                *("jpeg model", "artifact removal model", "driftrec", "codiff", "load restorer", "deblocking"),
+                *("jpeg model", "artifact removal model", "driftrec", "codiff", "sodiff", "load restorer"),
+                "deblocking",
             ],
             inputs=[
                 io.Combo.Input("restorer", options=restorer_names(), tooltip="A restorer file (.safetensors)."),
@@ -109,14 +119,14 @@ class LoadJPEGRestorer(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Stable Diffusion 2.1-base (the 512-pixel one), for restorers that are adapters of it. "
-                    "Others leave it as it is.",
+                    tooltip="Stable Diffusion 2.1-base (the 512-pixel one), for restorers that are adapters of it: "
+                    "codiff, sodiff. Others leave it as it is.",
                 ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="The VAE of Stable Diffusion 2.1-base, for restorers that are adapters of it. Others "
-                    "leave it as it is.",
+                    tooltip="The VAE of Stable Diffusion 2.1-base, for restorers that adapt it: codiff. Others leave "
+                    "it as it is, sodiff too.",
                 ),
             ],
             outputs=[
@@ -127,7 +137,7 @@ class LoadJPEGRestorer(io.ComfyNode):
                 ),
                 io.Vae.Output(
                     "VAE",
-                    tooltip="For adapters of Stable Diffusion 2.1: the adapted VAE. Otherwise the input, or nothing.",
+                    tooltip="Of a codiff restorer: the adapted VAE. Otherwise the input, or nothing.",
                 ),
             ],
         )
@@ -159,12 +169,44 @@ class LoadJPEGRestorer(io.ComfyNode):
         return f"{state.st_mtime_ns}-{state.st_size}"
 
 
-def jpeg_files() -> list[str]:
-    """The files in ComfyUI's input folder whose names are those of JPEGs."""
+def picture_files() -> list[str]:
+    """The files in ComfyUI's input folder whose names are those of JPEGs and other pictures."""
     folder = Path(folder_paths.get_input_directory())
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in JPEG_SUFFIXES and path.is_file())
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _load_jpeg(path: str) -> tuple[Tensor, JPEGData, float]:
+    """Pixels (1, 3, H, W), turned upright, and what the file says."""
+    jpeg, pixels = read_jpeg_and_pixels(path)
+    return apply_orientation(pixels, jpeg.orientation)[None], jpeg, jpeg.quality.quality
+
+
+def _load_other(path: str) -> tuple[Tensor, NoJPEG, float]:
+    """Pixels (1, 3, H, W), turned upright, and the quality that they look like."""
+    pixels = read_picture(path)[None]
+    return pixels, NoJPEG(Path(path).name), _estimated_quality(pixels, Path(path).name)
+
+
+def _estimated_quality(pixels: Tensor, name: str) -> float:
+    """What the shipped network says of one image (1, 3, H, W).
+
+    Raises:
+        ValueError: The network is not there.
+    """
+    try:
+        path = restorer_path(QUALITY_ESTIMATOR)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is no JPEG, so its quality has to be estimated, and {QUALITY_ESTIMATOR}, which does that, is "
+            "missing from the pack's weights folder. Install the pack again, or load the picture with Load Image."
+        ) from error
+    estimator = load_restorer(path, torch.float32)
+    network = expect_restorer(estimator, "quality").network
+    compute = prepare_exact(estimator, network, pixels.shape, _TILE, torch.float32)
+    _, quality = predict_timesteps(network, pixels, compute=compute)
+    return float(quality)
 
 
 def _input_path(name: str) -> str:

@@ -15,7 +15,7 @@ from ..restoration.diffusion.one_step import TIMESTEPS
 from ..restoration.pipelines import embed_with_cave
 from ..restoration.prompts import CaVEPrompt
 from .images import split_image
-from .runtime import ProgressReport, prepare_cave
+from .runtime import ProgressReport, prepare_exact
 from .types import Restorer, RestorerSocket, errors_of, expect_restorer
 from .unet import TILINGS, Tiling, denoise_once
 
@@ -69,10 +69,10 @@ class CaVEEmbed(io.ComfyNode):
     @classmethod
     def execute(cls, restorer: Restorer, image: Tensor, tile: int = 1024) -> io.NodeOutput:
         with errors_of("CaVEEmbed"):
-            module: CaVEPrompt = expect_restorer(restorer, CaVEPrompt, "codiff")
+            module: CaVEPrompt = expect_restorer(restorer, "codiff")
             pictures, _ = split_image(image)
             _check_size(pictures)
-            compute = prepare_cave(restorer, pictures.shape[-2], pictures.shape[-1], tile)
+            compute = prepare_exact(restorer, module.network, pictures.shape, tile, restorer.dtype)
             tokens, quality = embed_with_cave(module, pictures, compute=compute, on_progress=ProgressReport())
         tokens = tokens.to(mm.intermediate_device(), torch.float32)
         return io.NodeOutput([[tokens, {TIMESTEP_KEY: module.timestep}]], float(quality.mean()))
@@ -92,7 +92,9 @@ class OneStepDenoise(io.ComfyNode):
             search_aliases=["codiff", "sodiff", "one step diffusion", "restore latent", "osediff"],
             inputs=[
                 io.Model.Input("model", tooltip="The adapted model, from Load JPEG Restorer."),
-                io.Conditioning.Input("conditioning", tooltip="The prompt, from CaVE Prompt or any other node."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The prompt, from CaVE Prompt, SAIPE Prompt or any other node."
+                ),
                 io.Latent.Input("latent", tooltip="The compressed images, encoded with the adapted VAE."),
                 io.Float.Input(
                     "timestep",
@@ -101,8 +103,8 @@ class OneStepDenoise(io.ComfyNode):
                     max=TIMESTEPS - 1.0,
                     step=1.0,
                     round=0.0001,
-                    tooltip="How much is restored, from 0 to 999; -1 takes the restorer's own, which comes with its "
-                    "prompt. Not rounded. A list gives one for each image.",
+                    tooltip="How much is restored, from 0 to 999; -1 takes the restorer's own, where it comes with its "
+                    "prompt. Connect QF Timestep Predict for SODiff. Not rounded. A list gives one for each image.",
                 ),
                 io.Combo.Input(
                     "tiling",
@@ -190,7 +192,9 @@ def _checked_latent(model: Any, latent: Any) -> Tensor:
 
 def _check_conditioning(model: Any, conditioning: Any, images: int) -> None:
     if not isinstance(conditioning, list) or not conditioning:
-        raise ValueError("expected a CONDITIONING with at least one prompt, got none. Connect CaVE Prompt.")
+        raise ValueError(
+            "expected a CONDITIONING with at least one prompt, got none. Connect CaVE Prompt or SAIPE Prompt."
+        )
     context_dim = model.model.model_config.unet_config.get("context_dim")
     for tokens, _ in conditioning:
         if not isinstance(tokens, Tensor) or tokens.dim() != 3 or tokens.shape[-1] != context_dim:
@@ -228,7 +232,7 @@ def _own_timestep(conditioning: Any) -> float:
         found = "none" if not carried else " and ".join(f"{value:g}" for value in sorted(carried))
         raise ValueError(
             f"expected a prompt that carries its restorer's timestep, got {found}. Set timestep to a number from 0 to "
-            f"{TIMESTEPS - 1} (CODiff: 499), or connect CaVE Prompt."
+            f"{TIMESTEPS - 1} (CODiff: 499), connect QF Timestep Predict to it (SODiff), or connect CaVE Prompt."
         )
     return carried.pop()
 

@@ -19,9 +19,13 @@ import torch
 import torch.nn.functional as F
 from comfy.cli_args import args
 from PIL import Image
+from server import PromptServer
 from torch import Tensor
 
+from ..restoration.networks.cave import CaVE
 from ..restoration.networks.ncsnpp import NCSNppConfig
+from ..restoration.networks.saipe import SAIPE
+from ..restoration.networks.timestep_predictor import TimestepPredictor
 from ..restoration.pipelines import Compute, Progress
 from ..restoration.restorer_file import read_restorer
 from ..restoration.restorers import build_restorer, load_weights
@@ -147,20 +151,37 @@ def prepare_compute(restorer: Restorer, height: int, width: int, tile: int, over
     return Compute(device, tiler, mm.throw_exception_if_processing_interrupted)
 
 
-def prepare_cave(restorer: Restorer, height: int, width: int, tile: int) -> Compute:
-    """Bring a CaVE to its device; its tiles, of side `tile` or 0 for none, change nothing but memory and time.
+def prepare_exact(
+    restorer: Restorer, network: CaVE | TimestepPredictor, shape: torch.Size, tile: int, dtype: torch.dtype
+) -> Compute:  # fmt: skip
+    """Bring a network to its device whose tiles, of side `tile` or 0 for none, change nothing but memory and time.
 
     Args:
-        restorer: What runs.
-        height: Of the images.
-        width: Of the images.
+        restorer: What holds the network.
+        network: What runs.
+        shape: Of the images, (B, 3, H, W).
         tile: Side of the tiles in pixels. Halved when memory runs out.
+        dtype: In which the network computes.
     """
-    network, halo = restorer.module.network, 2 * restorer.module.network.config.halo
-    sides = (min(side, tile + halo if tile else side) for side in (height, width))
-    mm.load_models_gpu([restorer.patcher], memory_required=network.activation_bytes(*sides, restorer.dtype))
+    halo = 2 * network.config.halo
+    height, width = (min(side, tile + halo if tile else side) for side in shape[-2:])
+    mm.load_models_gpu([restorer.patcher], memory_required=network.activation_bytes(height, width, dtype))
     tiler = Tiler(tile, is_out_of_memory=_is_out_of_memory, release=mm.soft_empty_cache)
     return Compute(restorer.patcher.load_device, tiler, mm.throw_exception_if_processing_interrupted)
+
+
+def prepare_whole(restorer: Restorer, network: SAIPE, shape: torch.Size) -> Compute:
+    """Bring a network to its device that looks at each image (B, 3, H, W) as a whole."""
+    needed = network.activation_bytes(shape[-2], shape[-1], restorer.dtype)
+    mm.load_models_gpu([restorer.patcher], memory_required=needed)
+    return Compute(restorer.patcher.load_device, check=mm.throw_exception_if_processing_interrupted)
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Put text on a node in the editor, as core's Get Image Size does; nothing where no editor listens."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id:
+        server.send_progress_text(text, node_id)
 
 
 class ProgressReport:

@@ -10,14 +10,22 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..restoration.jpeg import JPEGData
 from ..restoration.restorer_file import RestorerMetadata
 from ..restoration.restorers import Restorer as RestorerModule
 
 JPEGDataSocket = io.Custom("JPEG_DATA")
-"""A list of `JPEGData`, one for each image of the batch."""
+"""A list of `JPEGData`, one for each image of the batch; `NoJPEG` where the file is no JPEG."""
 
 RestorerSocket = io.Custom("JPEG_RESTORER")
 """A `Restorer`."""
+
+
+@dataclass(frozen=True)
+class NoJPEG:
+    """In place of `JPEGData`: the picture of the file `name`, of which nothing is known beyond its pixels."""
+
+    name: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +56,24 @@ def errors_of(node: str) -> Iterator[None]:
         raise ValueError(f"{node}: {error}") from error
 
 
-def expect_restorer(restorer: Any, kinds: type | tuple[type, ...], families: str) -> Any:
+def expect_jpegs(jpegs: Any) -> list[JPEGData]:
+    """What JPEG_DATA holds.
+
+    Raises:
+        ValueError: It is no JPEG_DATA, or that of a picture that is no JPEG.
+    """
+    if not isinstance(jpegs, list) or not all(isinstance(jpeg, JPEGData | NoJPEG) for jpeg in jpegs):
+        raise ValueError("expected JPEG_DATA of this pack at the input jpeg. Connect Load JPEG or Compress to JPEG.")
+    for jpeg in jpegs:
+        if isinstance(jpeg, NoJPEG):
+            raise ValueError(
+                f"{jpeg.name} is no JPEG, so nothing beyond its pixels is known for certain that the result could be "
+                "held to. Disconnect jpeg, or connect the JPEG_DATA of Compress to JPEG with its IMAGE."
+            )
+    return jpegs
+
+
+def expect_restorer(restorer: Any, *families: str) -> Any:
     """The networks of a restorer that must be of certain families.
 
     Raises:
@@ -59,9 +84,9 @@ def expect_restorer(restorer: Any, kinds: type | tuple[type, ...], families: str
             f"expected a restorer, got {type(restorer).__name__}. Connect the JPEG_RESTORER output of Load JPEG "
             "Restorer."
         )
-    if not isinstance(restorer.module, kinds):
+    if restorer.metadata.family not in families:
         raise ValueError(
-            f"expected a restorer of the family {families}, got {restorer.metadata.family} ({restorer.name}). Choose "
-            "another file in Load JPEG Restorer, or use the node for that family."
+            f"expected a restorer of the family {' or '.join(families)}, got {restorer.metadata.family} "
+            f"({restorer.name}). Choose another file in Load JPEG Restorer, or use the node for that family."
         )
     return restorer.module

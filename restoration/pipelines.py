@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,45 +12,27 @@ import torch
 from torch import Tensor
 
 from .color import COLOR_CORRECTIONS
+from .compute import Compute, OnProgress, Progress, Report, finite, part_of
 from .diffusion.prediction import RegressionRestorer, ScoreDenoiser, constrained
 from .diffusion.samplers import SAMPLERS, NoiseSource, SamplerStep, sample
-from .prompts import CaVEPrompt
-from .tiling import Tiler, crop_to, pad_to_multiple
+from .embedding import embed_with_cave, embed_with_saipe, predict_timesteps
+from .tiling import crop_to, pad_to_multiple
+
+__all__ = [
+    "Compute",
+    "DriftRecSettings",
+    "Progress",
+    "Projection",
+    "embed_with_cave",
+    "embed_with_saipe",
+    "predict_timesteps",
+    "restore_driftrec",
+    "restore_regression",
+    "to_8bit",
+]
 
 Projection = Callable[[Tensor], Tensor]
 """Maps (1, 3, H, W) to the nearest image that is allowed, such as `clamp_to_cells` for one file."""
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and how the networks run; the images themselves stay where they are.
-
-    Args:
-        device: Device of the network.
-        tiler: Splits images that are too large for it.
-        check: Called after every tile; raises to interrupt.
-    """
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    tiler: Tiler = field(default_factory=Tiler)
-    check: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a restoration is.
-
-    Args:
-        fraction: Done, from 0 to 1.
-        preview: The present prediction of the image at work, (1, 3, H, W); None between two of its tiles.
-    """
-
-    fraction: float
-    preview: Tensor | None
-
-
-OnProgress = Callable[[Progress], None]
-_Report = Callable[[float, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -116,7 +98,7 @@ def restore_driftrec(
     for index, image in enumerate(images.float().split(1)):
         projection = projections[index] if projections else None
 
-        report = _part_of(on_progress, index, len(images))
+        report = part_of(on_progress, index, len(images))
         restored = _average_of_samples(model, image, settings, compute, projection, report)
         restored = COLOR_CORRECTIONS[settings.color](restored, image)
         results.append(restored if projection is None else projection(restored.clamp(0, 1)))
@@ -131,7 +113,7 @@ def restore_regression(
     compute = compute or Compute()
     results = []
     for index, image in enumerate(images.float().split(1)):
-        report = _part_of(on_progress, index, len(images))
+        report = part_of(on_progress, index, len(images))
         padded, size = pad_to_multiple(image, _multiple(model, compute))
         evaluated = _tiled(model, compute, (padded,), lambda part, report=report: report(part, None))
         restored = crop_to(evaluated, size)
@@ -141,72 +123,18 @@ def restore_regression(
     return to_8bit(torch.cat(results))
 
 
-def embed_with_cave(
-    model: CaVEPrompt, images: Tensor, *, compute: Compute | None = None, on_progress: OnProgress | None = None
-) -> tuple[Tensor, Tensor]:
-    """The prompts that CODiff's CaVE sees in images, and their JPEG qualities.
-
-    Args:
-        model: CaVE and its projection.
-        images: (B, 3, H, W) in [0, 1]; each is looked at on its own.
-        compute: Where the network runs; the tiles of its tiler save memory and change nothing.
-        on_progress: Called after each tile; the last fraction is 1.
-
-    Returns:
-        Tokens (B, cells, context width), and qualities (B,) from 0 to 100, both on the device of `images`.
-
-    Raises:
-        ValueError: The network returned something that is no number.
-    """
-    compute = compute or Compute()
-    prompts, qualities = [], []
-    for index, image in enumerate(images.split(1)):
-        report = _part_of(on_progress, index, len(images))
-        features = _cave_features(model, image.to(model.compute_dtype), compute, report).to(compute.device)
-        prompts.append(model(features).to(images))
-        qualities.append(model.network.quality(features).to(images.device))
-        report(1.0, None)
-    tokens = torch.cat(prompts)
-    if not bool(tokens.isfinite().all()):
-        raise ValueError("the network returned something that is no number. Load the restorer as bf16 or fp32.")
-    return tokens, torch.cat(qualities)
-
-
-def _cave_features(model: CaVEPrompt, image: Tensor, compute: Compute, report: _Report) -> Tensor:
-    """CaVE's features of one image, with smaller tiles from the start again when memory runs out."""
-    tiler = compute.tiler
-
-    def on_tile(done: int, total: int) -> None:
-        compute.check()
-        report(0.99 * done / total, None)
-
-    while True:
-        try:
-            return model.network.encode_tiled(image, tiler.tile, device=compute.device, on_tile=on_tile)
-        except Exception as error:
-            smaller = max(min(tiler.tile or max(image.shape[-2:]), max(image.shape[-2:])) // 2, tiler.minimum)
-            if not tiler.is_out_of_memory(error) or smaller == tiler.tile or smaller >= max(image.shape[-2:]):
-                raise
-        # Outside the handler the traceback, which keeps the failed attempt's tensors alive, is gone.
-        tiler.tile = smaller
-        if tiler.release is not None:
-            tiler.release()
-
-
 def to_8bit(images: Tensor) -> Tensor:
     """Round to whole 8-bit levels and clip; ComfyUI's SaveImage, which truncates, then changes nothing.
 
     Raises:
         ValueError: The images hold something that is no number.
     """
-    if not bool(images.isfinite().all()):
-        raise ValueError("the network returned something that is no number. Load the restorer as bf16 or fp32.")
-    return (images * 255).round().clamp(0, 255) / 255
+    return (finite(images) * 255).round().clamp(0, 255) / 255
 
 
 def _average_of_samples(
     model: ScoreDenoiser, image: Tensor, settings: DriftRecSettings, compute: Compute, projection: Projection | None,
-    report: _Report,
+    report: Report,
 ) -> Tensor:  # fmt: skip
     padded, size = pad_to_multiple(image, _multiple(model, compute))
     planned = SAMPLERS[settings.sampler].evaluations(settings.steps)
@@ -243,16 +171,6 @@ def _average_of_samples(
         total += crop_to(restored, size).clamp(0, 1)
         report((number + 1) / settings.samples, total / (number + 1))
     return total / settings.samples
-
-
-def _part_of(on_progress: OnProgress | None, index: int, images: int) -> _Report:
-    """Reports the progress of one image of a batch as that of the batch."""
-
-    def report(done: float, preview: Tensor | None) -> None:
-        if on_progress is not None:
-            on_progress(Progress((index + done) / images, preview))
-
-    return report
 
 
 def _tiled(

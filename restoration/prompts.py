@@ -1,4 +1,4 @@
-"""Prompts that are seen in the compressed image, in place of text: what conditions a one-step restorer."""
+"""What a one-step restorer sees in the compressed image: prompts in place of text, the quality, the timestep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from .calibration import Calibration
 from .networks.cave import CaVE, CaVEConfig, cave_tokens
+from .networks.saipe import SAIPE
+from .networks.timestep_predictor import TimestepPredictor
 
 
 class CaVEPrompt(nn.Module):
@@ -35,3 +38,48 @@ class CaVEPrompt(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Tokens (B, cells, context_dim) of CaVE's features (B, C, rows, columns), row by row, without positions."""
         return self.projection(cave_tokens(features))
+
+
+class SAIPEPrompt(nn.Module):
+    """SODiff's semantic-aligned image prompt and, unless it is the first stage alone, where denoising starts.
+
+    SODiff, arXiv 2508.07346. A second stage has a predictor of the timestep or a fixed one, a first stage neither.
+
+    Args:
+        network: What sees the prompt.
+        predictor: Of quality and timestep; it computes in single precision, whatever `compute_dtype` is.
+        timestep: The fixed one, 0 to 999, where there is no predictor.
+        calibration: The predictor's mean timestep at each quality.
+    """
+
+    def __init__(
+        self, network: SAIPE, predictor: TimestepPredictor | None = None, timestep: float | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.network = network
+        self.predictor = predictor
+        self.timestep = timestep if predictor is None else None
+        self.calibration = calibration
+        self.compute_dtype = torch.float32
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The reconstruction (B, 3, H, W) and the tokens (B, 77, context width) of images (B, 3, H, W) in [0, 1]."""
+        return self.network(images)
+
+
+class QualityEstimator(nn.Module):
+    """The JPEG quality of images by their pixels alone: the predictor of SODiff without its timesteps.
+
+    Args:
+        network: The predictor; it computes in single precision, whatever `compute_dtype` is.
+    """
+
+    def __init__(self, network: TimestepPredictor) -> None:
+        super().__init__()
+        self.network = network
+        self.compute_dtype = torch.float32
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The quality (B,), 0 to 100, of images (B, 3, H, W) in [0, 1]."""
+        return self.network(images)[0]

@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration import Calibration
 from .diffusion.one_step import TIMESTEPS
 from .diffusion.prediction import Prediction, RegressionRestorer, ScoreDenoiser
 from .diffusion.sde import make_sde
 from .networks.cave import CaVEConfig
 from .networks.ncsnpp import NCSNpp, NCSNppConfig
-from .prompts import CaVEPrompt
+from .networks.saipe import SAIPE, SAIPEConfig
+from .networks.timestep_predictor import TimestepPredictor, TimestepPredictorConfig
+from .prompts import CaVEPrompt, QualityEstimator, SAIPEPrompt
 from .restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, load_part
 
 _WIDEST = 4096
 _MOST_LEVELS = 10
 _MOST_BLOCKS = 100
 
-Restorer = ScoreDenoiser | RegressionRestorer | CaVEPrompt
+Restorer = ScoreDenoiser | RegressionRestorer | CaVEPrompt | SAIPEPrompt | QualityEstimator
 """Modules with a `network` and a `compute_dtype`."""
 
 
@@ -68,8 +71,10 @@ def load_weights(restorer: Restorer, file: RestorerFile, *, assign: bool = False
     Raises:
         RestorerFileError: They do not fit.
     """
-    for module, part in _FAMILIES[file.metadata.family].parts.items():
-        load_part(getattr(restorer, module), file, part, assign=assign)
+    for name, part in _FAMILIES[file.metadata.family].parts.items():
+        module = getattr(restorer, name)
+        if module is not None:
+            load_part(module, file, part, assign=assign)
 
 
 def _build_driftrec(config: dict[str, Any], factory: dict[str, Any]) -> ScoreDenoiser:
@@ -98,14 +103,52 @@ def _build_ncsnpp(config: dict[str, Any], in_channels: int, factory: dict[str, A
 
 def _build_codiff(config: dict[str, Any], factory: dict[str, Any]) -> CaVEPrompt:
     cave = CaVEConfig(**config["cave"])
-    timestep, context_dim = float(config["timestep"]), config["context_dim"]
-    if not 0 <= timestep <= TIMESTEPS - 1:
-        raise ValueError(f"timestep {timestep:g}, not one from 0 to {TIMESTEPS - 1}")
+    timestep, context_dim = _timestep(config["timestep"]), config["context_dim"]
     if max(cave.widths) > _WIDEST or cave.blocks > _MOST_BLOCKS:
         raise ValueError(f"a CaVE of widths {cave.widths} and {cave.blocks} blocks is no restorer's")
     if not isinstance(context_dim, int) or not 0 < context_dim <= _WIDEST:
         raise ValueError(f"tokens of width {context_dim!r} are no restorer's")
     return CaVEPrompt(cave, context_dim, timestep, **factory)
+
+
+def _build_sodiff(config: dict[str, Any], factory: dict[str, Any]) -> SAIPEPrompt:
+    network = _build_saipe(config, factory).network
+    if config["context_dim"] != network.config.context_dim:
+        raise ValueError(f"context_dim {config['context_dim']!r}, but a SAIPE of {network.config.context_dim}")
+    if config["timestep_predictor"] is None:
+        return SAIPEPrompt(network, None, _timestep(config["timestep"]))
+    predictor = _build_predictor(config["timestep_predictor"], factory)
+    if predictor.config.timesteps != TIMESTEPS:
+        raise ValueError(f"a predictor of {predictor.config.timesteps} timesteps, not {TIMESTEPS}")
+    calibration = config.get("calibration")
+    return SAIPEPrompt(network, predictor, None, None if calibration is None else _calibration(calibration))
+
+
+def _build_saipe(config: dict[str, Any], factory: dict[str, Any]) -> SAIPEPrompt:
+    return SAIPEPrompt(SAIPE(SAIPEConfig(**config["saipe"]), **factory))
+
+
+def _build_quality(config: dict[str, Any], factory: dict[str, Any]) -> QualityEstimator:
+    network = _build_predictor(config["timestep_predictor"], factory)
+    if network.config.timesteps:
+        raise ValueError(f"a predictor of {network.config.timesteps} timesteps, not of the quality alone")
+    return QualityEstimator(network)
+
+
+def _build_predictor(config: dict[str, Any], factory: dict[str, Any]) -> TimestepPredictor:
+    """In single precision whatever is asked for: what tells high qualities is lost in half, and it is small."""
+    return TimestepPredictor(TimestepPredictorConfig(**config), **{**factory, "dtype": torch.float32})
+
+
+def _timestep(value: Any) -> float:
+    timestep = float(value)
+    if not 0 <= timestep <= TIMESTEPS - 1:
+        raise ValueError(f"timestep {timestep:g}, not one from 0 to {TIMESTEPS - 1}")
+    return timestep
+
+
+def _calibration(config: dict[str, Any]) -> Calibration:
+    return Calibration(tuple(config["qualities"]), tuple(config["timesteps"]))
 
 
 @dataclass(frozen=True)
@@ -120,4 +163,7 @@ _FAMILIES = {
     "driftrec": _Family({"network": "score"}, _build_driftrec),
     "regression": _Family({"network": "regression"}, _build_regression),
     "codiff": _Family({"network": "prompt", "projection": "projection"}, _build_codiff),
+    "sodiff": _Family({"network": "prompt", "predictor": "timestep"}, _build_sodiff),
+    "saipe": _Family({"network": "prompt"}, _build_saipe),
+    "quality": _Family({"network": "timestep"}, _build_quality),
 }

@@ -100,3 +100,27 @@ def reduced(comfy) -> SimpleNamespace:
 def codiff(fresh, reduced) -> SimpleNamespace:
     """The executor with empty caches, and the base and restorer files that it knows."""
     return SimpleNamespace(comfy=fresh, **vars(reduced))
+
+
+@pytest.fixture(scope="session")
+def sodiff_files(comfy, reduced) -> SimpleNamespace:
+    """The reduced base, and SODiff restorers for it: with a predictor, without its calibration, at a fixed timestep,
+    the first stage alone, and an estimator of the quality, also in the place of the one that ships."""
+    from tests import sodiff_graphs as names
+    from tests.reduced_sd21 import write_quality, write_saipe, write_sodiff
+
+    folder = comfy.base / "models" / "jpeg_restorers"
+    path = write_sodiff(folder / names.RESTORER, reduced.base)
+    write_sodiff(folder / names.UNCALIBRATED, reduced.base, calibration=None)
+    write_sodiff(folder / names.FIXED, reduced.base, predictor=None, timestep=199.5)
+    write_saipe(folder / names.FIRST_STAGE)
+    write_quality(folder / names.QUALITY)
+    write_quality(folder / "starter-quality.safetensors")
+    comfy.folder_paths.filename_list_cache.clear()
+    return SimpleNamespace(base=reduced.base, file=read_restorer(path))
+
+
+@pytest.fixture
+def sodiff(fresh, sodiff_files) -> SimpleNamespace:
+    """The executor with empty caches, and the base and restorer files that it knows."""
+    return SimpleNamespace(comfy=fresh, **vars(sodiff_files))

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
+from skimage import data
 from torch import Tensor, nn
 
+from restoration.jpeg import encode_with_pillow, read_jpeg_and_pixels
 from restoration.networks.cave import CaVE, CaVEConfig
+from restoration.networks.saipe import SAIPE, SAIPEConfig
+from restoration.networks.timestep_predictor import TimestepPredictor, TimestepPredictorConfig
 from restoration.restorer_file import RestorerMetadata, write_restorer
 
 UNET = {
@@ -274,6 +278,112 @@ def write_codiff(
     config = {
         "cave": cave_config.to_dict(), "context_dim": 1024, "timestep": timestep, "unet_lora": lora, "vae_lora": lora
     }  # fmt: skip
-    tensors = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-    write_restorer(path, RestorerMetadata("codiff", config, base="sd2.1-base", license="Apache-2.0"), tensors)
+    _write(path, RestorerMetadata("codiff", config, base="sd2.1-base", license="Apache-2.0"), parts)
     return path
+
+
+TINY_PREDICTOR = TimestepPredictorConfig(stem=48, width=16, hidden=32)
+TINY_SAIPE = SAIPEConfig(
+    dim=24, down_depths=(1,), up_depths=(1,), heads=2, image_side=64, performer_depth=1, performer_heads=2,
+    performer_dim_head=8, features=16,
+)  # fmt: skip
+CALIBRATION = {"qualities": [5.0, 25.0, 50.0, 75.0, 95.0], "timesteps": [800.0, 640.0, 440.0, 240.0, 80.0]}
+"""840 - 8 quality, which is also what `predictor_tensors` aims at."""
+
+
+def saipe_tensors(config: SAIPEConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Weights for a SAIPE whose tokens, unlike those of the initial ones, tell pictures apart."""
+    saipe = SAIPE(config)
+    saipe.initialize(generator)
+    for name, parameter in saipe.named_parameters():
+        if name.startswith("embedder.") and name.endswith("weight") and parameter.dim() == 2:
+            parameter.data *= 6
+    return saipe.state_dict()
+
+
+def predictor_tensors(config: TimestepPredictorConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """A random predictor whose last layers are fitted, in closed form, to tell a photo's qualities from 5 to 95 apart.
+
+    Its timesteps are a bell of width 20 around 840 - 8 quality: the logits of -(i - t)^2 / 800 are linear in t.
+    """
+    predictor = TimestepPredictor(config)
+    predictor.initialize(generator)
+    photo = torch.from_numpy(data.astronaut().copy()).movedim(-1, 0).float() / 255
+    qualities = torch.arange(5.0, 100.0, 10.0).repeat_interleave(16)
+    crops = [photo[:, 128 * (i // 4) :, 128 * (i % 4) :][:, :128, :128] for i in range(16)] * 10
+    seen = torch.stack([
+        read_jpeg_and_pixels(encode_with_pillow(crop, int(quality)))[1]
+        for crop, quality in zip(crops, qualities, strict=True)
+    ])  # fmt: skip
+    for module in predictor.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the statistics become those of these crops
+    with torch.no_grad():
+        predictor.train().encode(seen)
+        pooled = predictor.eval().encode(seen)
+        _fit(predictor.quality_head, pooled, torch.logit(qualities / 100))
+        if predictor.timestep_head is not None:
+            last = predictor.timestep_head[-1]
+            weight, bias = _fitted(predictor.timestep_head[:-1](pooled), 840 - 8 * qualities)
+            steps = torch.arange(float(config.timesteps))
+            last.weight.copy_(steps[:, None] * weight / 400)
+            last.bias.copy_((steps * bias - steps**2 / 2) / 400)
+    return predictor.state_dict()
+
+
+def _fit(branch: nn.Sequential, pooled: Tensor, wanted: Tensor) -> None:
+    weight, bias = _fitted(branch[:-1](pooled), wanted)
+    branch[-1].weight.copy_(weight[None])
+    branch[-1].bias.fill_(bias)
+
+
+def _fitted(hidden: Tensor, wanted: Tensor, ridge: float = 1e-2) -> tuple[Tensor, Tensor]:
+    """Weights and bias of a least-squares fit with a little ridge."""
+    features = torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1).double()
+    normal = features.T @ features + ridge * torch.eye(features.shape[1], dtype=torch.float64)
+    solution = torch.linalg.solve(normal, features.T @ wanted.double()).float()
+    return solution[:-1], solution[-1]
+
+
+def write_sodiff(
+    path: Path, base: ReducedBase | None = None, *, saipe: SAIPEConfig = TINY_SAIPE,
+    predictor: TimestepPredictorConfig | None = TINY_PREDICTOR, timestep: float | None = None,
+    calibration: dict[str, list[float]] | None = CALIBRATION, rank: int = 4, alpha: float = 2.0, seed: int = 0,
+) -> Path:  # fmt: skip
+    """A restorer of the family `sodiff` for the reduced base model, its weights random and each of them felt."""
+    base = base or reduced_base()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.folder / "unet"))
+    parts = {
+        "prompt": saipe_tensors(saipe, generator),
+        "timestep": {} if predictor is None else predictor_tensors(predictor, generator),
+        "unet_lora": lora_tensors(unet_lora_modules(unet), rank, generator),
+    }
+    config = {
+        "saipe": saipe.to_dict(), "timestep_predictor": None if predictor is None else predictor.to_dict(),
+        "timestep": timestep, "calibration": None if predictor is None else calibration,
+        "context_dim": saipe.context_dim, "unet_lora": {"rank": rank, "alpha": float(alpha)},
+    }  # fmt: skip
+    _write(path, RestorerMetadata("sodiff", config, base="sd2.1-base", license="Apache-2.0"), parts)
+    return path
+
+
+def write_saipe(path: Path, *, saipe: SAIPEConfig = TINY_SAIPE, seed: int = 0) -> Path:
+    """A restorer of the family `saipe`: SODiff's first stage."""
+    metadata = RestorerMetadata("saipe", {"saipe": saipe.to_dict()}, license="Apache-2.0")
+    _write(path, metadata, {"prompt": saipe_tensors(saipe, torch.Generator().manual_seed(seed))})
+    return path
+
+
+def write_quality(path: Path, *, predictor: TimestepPredictorConfig = TINY_PREDICTOR, seed: int = 0) -> Path:
+    """A restorer of the family `quality` that tells qualities apart, roughly."""
+    config = replace(predictor, timesteps=0)
+    metadata = RestorerMetadata("quality", {"timestep_predictor": config.to_dict()}, license="Apache-2.0")
+    _write(path, metadata, {"timestep": predictor_tensors(config, torch.Generator().manual_seed(seed))})
+    return path
+
+
+def _write(path: Path, metadata: RestorerMetadata, parts: dict[str, dict[str, Tensor]]) -> None:
+    tensors = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    write_restorer(path, metadata, tensors)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from restoration.networks.cave import cells
 from restoration.restorers import build_restorer, load_weights
 from tests.codiff_graphs import convolutional, denoised, failure, loaded, noise, relative, run, step_of, workflow
+from tests.diffusers_reference import adapted, one_step, schedule_at
 from tests.graphs import Graph, photo, save_jpeg
 from tests.reduced_sd21 import unet_lora_modules, vae_lora_modules
 
 pytestmark = pytest.mark.comfyui
-
-
-def adapted(module: torch.nn.Module, names: list[str], file, part: str) -> torch.nn.Module:
-    """A diffusers network with a restorer's LoRA, by peft."""
-    lora = file.metadata.config[part]
-    config = LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=names)
-    module = inject_adapter_in_model(config, module)
-    outcome = set_peft_model_state_dict(module, file.part(part))
-    assert not outcome.unexpected_keys
-    return module.eval()
 
 
 def reference_unet(codiff) -> UNet2DConditionModel:
@@ -35,20 +24,8 @@ def reference_unet(codiff) -> UNet2DConditionModel:
     return adapted(unet, list(unet_lora_modules(unet)), codiff.file, "unet_lora")
 
 
-def schedule_at(timesteps: list[float]) -> torch.Tensor:
-    """abar of diffusers' schedule, interpolated by numpy in the log signal-to-noise ratio; float64 (B, 1, 1, 1)."""
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    abar = scheduler.alphas_cumprod.double().numpy()
-    log_snr = np.interp(timesteps, np.arange(1000), np.log(abar / (1 - abar)))
-    return torch.from_numpy(1 / (1 + np.exp(-log_snr))).view(-1, 1, 1, 1)
-
-
-@torch.no_grad()
 def reference(codiff, latent, prompt, timesteps: list[float]) -> torch.Tensor:
-    z = latent * 0.18215
-    eps = reference_unet(codiff)(z, torch.tensor(timesteps), encoder_hidden_states=prompt).sample
-    abar = schedule_at(timesteps)
-    return (((z.double() - (1 - abar).sqrt() * eps.double()) / abar.sqrt()) / 0.18215).float()
+    return one_step(reference_unet(codiff), latent, prompt, timesteps)
 
 
 @pytest.mark.parametrize("timestep", [499.0, 499.5])

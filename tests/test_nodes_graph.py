@@ -83,15 +83,17 @@ def test_file_is_read_again_when_its_content_changes(fresh):
     assert run(fresh, graph).outputs(jpeg)[2] == 60
 
 
-def test_only_jpegs_are_offered(fresh):
-    """The list of LoadJPEG shows files with the endings of JPEGs, in any case, and nothing else."""
+def test_only_pictures_are_offered(fresh):
+    """The list of LoadJPEG shows files with the endings of JPEGs and other pictures, in any case, and nothing else."""
     for name in ("a.JPG", "b.jpeg", "c.jfif", "d.mpo", "e.jpe"):
         save_jpeg(fresh, name, photo(8, 8))
     (fresh.base / "input" / "notes.txt").write_text("no picture")
-    Image.new("RGB", (8, 8)).save(fresh.base / "input" / "picture.png")
+    others = ("f.png", "g.PNG", "h.webp", "i.bmp", "j.tif", "k.tiff")
+    for name in others:
+        Image.new("RGB", (8, 8)).save(fresh.base / "input" / name)
     options = fresh.nodes.NODE_CLASS_MAPPINGS["LoadJPEG"].INPUT_TYPES()["required"]["image"][1]["options"]
-    assert {"a.JPG", "b.jpeg", "c.jfif", "d.mpo", "e.jpe"} <= set(options)
-    assert not {"notes.txt", "picture.png"} & set(options)
+    assert {"a.JPG", "b.jpeg", "c.jfif", "d.mpo", "e.jpe", *others} <= set(options)
+    assert "notes.txt" not in options
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (33, 35), (7, 300), (16, 16)])

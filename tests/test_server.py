@@ -22,7 +22,7 @@ from PIL import Image
 from restoration.jpeg import read_jpeg
 from tests.conftest import write_driftrec
 from tests.graphs import photo
-from tests.reduced_sd21 import reduced_base, write_codiff
+from tests.reduced_sd21 import reduced_base, write_codiff, write_sodiff
 from tools import comfyui_server, demo
 from tools.comfyui_server import NODES, PACK, ComfyUIServer, ServerError, run_workflow
 from tools.pictures import before_after, most_changed, split_thumbnail
@@ -31,6 +31,7 @@ from tools.setup_env import PYTHON, ROOT
 pytestmark = pytest.mark.comfyui
 WORKFLOW = ROOT / "example_workflows" / "driftrec_restore.json"
 CODIFF = ROOT / "example_workflows" / "codiff_sd21.json"
+SODIFF = ROOT / "example_workflows" / "sodiff_sd21.json"
 
 
 def files_of(comfyui: Path) -> set[str]:
@@ -52,6 +53,7 @@ def server(comfyui_folder: Path, files_before: set[str]) -> Iterator[ComfyUIServ
         write_driftrec(models / "jpeg_restorers" / "starter-driftrec.safetensors")
         base = reduced_base()
         write_codiff(models / "jpeg_restorers" / "codiff.safetensors", base)
+        write_sodiff(models / "jpeg_restorers" / "sodiff.safetensors", base)
         (models / "checkpoints").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.checkpoint, models / "checkpoints" / "v2-1_512-ema-pruned.safetensors")
         yield running
@@ -70,11 +72,12 @@ def test_example_workflow_through_comfy_cli(server, tmp_path):
     assert np.abs(np.asarray(before, float) - np.asarray(after, float)).mean() > 1
 
 
-def test_codiffs_workflow_through_comfy_cli(server, tmp_path):
-    """The CODiff template as artists open it: a picture trimmed to multiples of 8, in the JPEG's mean colours."""
+@pytest.mark.parametrize("workflow", [CODIFF, SODIFF], ids=lambda path: path.stem)
+def test_workflows_of_sd21_through_comfy_cli(server, tmp_path, workflow):
+    """The templates as artists open them: a picture trimmed to multiples of 8, in the JPEG's mean colours."""
     shutil.copy(save(tmp_path / "photo.jpg", photo(75, 100)), server.input / "photo.jpg")
     before = {path.name for path in server.output.glob("*.png")}
-    run_workflow(server, CODIFF)
+    run_workflow(server, workflow)
     (name,) = {path.name for path in server.output.glob("*.png")} - before
     restored, source = Image.open(server.output / name), Image.open(tmp_path / "photo.jpg")
     assert restored.size == (96, 72)
@@ -95,7 +98,7 @@ def test_comfy_cli_reports_what_the_node_said(server, tmp_path):
 def test_template_and_help_pages_are_served(server):
     """The workflow is listed under Templates with its picture; each node's help page is where the editor looks."""
     listed = json.loads(server.get("/api/workflow_templates"))
-    assert {PACK: sorted(listed[PACK])} == {PACK: ["codiff_sd21", "driftrec_restore"]} and list(listed) == [PACK]
+    assert list(listed) == [PACK] and sorted(listed[PACK]) == ["codiff_sd21", "driftrec_restore", "sodiff_sd21"]
     served = json.loads(server.get(f"/api/workflow_templates/{PACK}/driftrec_restore.json"))
     assert served == json.loads(WORKFLOW.read_text(encoding="utf-8"))
     for node in NODES:
@@ -149,7 +152,7 @@ def test_nothing_is_written_into_comfyuis_own_folders(server, files_before):
     assert files_of(server.comfyui) == files_before
 
 
-@pytest.mark.parametrize("path", [WORKFLOW, CODIFF], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [WORKFLOW, CODIFF, SODIFF], ids=lambda path: path.stem)
 def test_workflow_file_is_sound(server, path):
     """Each link joins existing slots of equal types, and widget values fit the widgets of the nodes, in order."""
     graph = json.loads(path.read_text(encoding="utf-8"))

@@ -26,6 +26,8 @@ NODES = (
     "LoadJPEG",
     "LoadJPEGRestorer",
     "CaVEEmbed",
+    "SAIPEPrompt",
+    "QFTimestepPredict",
     "OneStepDenoise",
     "DriftRecSample",
     "JPEGCompress",

@@ -109,7 +109,7 @@ def favor_attention(
         maxima, sums, total = _summed_keys(key, value, matrix, tokens_at_once)
         parts = []
         for part in query.split(tokens_at_once, dim=2):
-            exponents = part.to(dtype) @ matrix + maxima
+            exponents = (part.to(dtype) @ matrix).add_(maxima)
             weights = exponents.sub_(exponents.detach().amax(dim=-1, keepdim=True)).exp_()
             parts.append(((weights @ sums) / (weights @ total)).to(value.dtype))
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
@@ -121,7 +121,8 @@ def _summed_keys(key: Tensor, value: Tensor, matrix: Tensor, tokens_at_once: int
     sums = total = torch.zeros((), dtype=matrix.dtype, device=matrix.device)
     for part, values in zip(key.split(tokens_at_once, dim=2), value.split(tokens_at_once, dim=2), strict=True):
         keys = part.to(matrix.dtype)
-        exponents = keys @ matrix - keys.square().sum(dim=-1, keepdim=True) * (0.5 * key.shape[-1] ** -0.5)
+        exponents = keys @ matrix
+        exponents.sub_(keys.square().sum(dim=-1, keepdim=True) * (0.5 * key.shape[-1] ** -0.5))
         largest = exponents.detach().amax(dim=2, keepdim=True)
         if maxima is not None:
             largest = torch.maximum(largest, maxima)
@@ -132,6 +133,11 @@ def _summed_keys(key: Tensor, value: Tensor, matrix: Tensor, tokens_at_once: int
         total = total + weights.sum(dim=-1, keepdim=True)
     assert maxima is not None
     return maxima, sums, total
+
+
+def favor_bytes(tokens: int, heads: int, dim_head: int, features: int) -> int:
+    """Bytes that `favor_attention` of a picture takes beside its arguments and its result, without gradients."""
+    return 4 * heads * (min(tokens, _TOKENS_AT_ONCE) * (features + 4 * dim_head) + features * (2 * dim_head + 2))
 
 
 def orthogonal_features(count: int, dim: int, generator: torch.Generator) -> Tensor:

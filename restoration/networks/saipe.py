@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .performer import AttentionPool, Performer, orthogonal_features
-from .swin import RSTB, LayerMaker, NearestUpsampler, WindowAttention, fitted_positions, rising_drop_paths
+from .performer import AttentionPool, Performer, favor_bytes, orthogonal_features
+from .swin import RSTB, LayerMaker, NearestUpsampler, WindowAttention, fitted_positions, rising_drop_paths, window_bytes
 
 _MEAN = (0.4488, 0.4371, 0.4040)
 """Of DIV2K, as in SwinIR."""
@@ -166,15 +166,25 @@ class SAIPE(nn.Module):
     def activation_bytes(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes that `forward` of one image of this size takes beside the weights and the workspace of the kernels.
 
-        Most of it are maps of `dim` channels at the full size: two of them at the end of the decoder.
+        That is two maps of `dim` channels at the full size at the end of the decoder, or what the Performer holds.
         """
-        if self.config.resolution == "resize":
-            rows = columns = self.config.image_side
+        config, size = self.config, dtype.itemsize
+        if config.resolution == "resize":
+            rows = columns = config.image_side
         else:
             rows, columns = (math.ceil(side / MULTIPLE) * MULTIPLE for side in (height, width))
-        area, given = rows * columns, 3 * height * width
-        maps = 2 * self.config.dim * area
-        return (maps + 3 * area + 2 * given) * dtype.itemsize
+        same = (rows, columns) == (height, width)
+        area, given, inner = rows * columns, 3 * height * width, config.performer_heads * config.performer_dim_head
+        cells = area // _SHRINK**2
+        decoder = 2 * config.dim * (area + cells) * size
+        attention = (4 * config.dim + 5 * inner) * cells * size
+        attention += favor_bytes(cells, config.performer_heads, config.performer_dim_head, config.features)
+        feed_forward = (4 + 2 * config.performer_mult) * config.dim * cells * size
+        windows = window_bytes(rows // _SHRINK, columns // _SHRINK, config.dim, config.heads, config.window, size)
+        positions = 0 if rows == columns == config.image_side else 6 * self.encoder.positions.numel()
+        inside = max(decoder, attention, feed_forward, windows, positions) + 3 * area * size
+        stretched = 0 if same or config.resolution == "native" else given * (size if size >= 4 else size + 4)
+        return given * size + max(inside, stretched + 3 * area * size)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

@@ -6,6 +6,7 @@ to the extension.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -171,7 +172,8 @@ class NearestUpsampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(x)
         for conv in self.up:
-            x = F.leaky_relu_(conv(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = F.leaky_relu_(conv(x), 0.2)
         return self.last(x)
 
 
@@ -207,6 +209,12 @@ class LayerMaker:
 def recomputed(function: Any, *arguments: Tensor) -> Tensor:
     """`function(*arguments)`, which the backward pass computes again, with the same random numbers."""
     return checkpoint(function, *arguments, use_reentrant=False)  # type: ignore[return-value]
+
+
+def window_bytes(height: int, width: int, dim: int, heads: int, window: int, size: int) -> int:
+    """Bytes that a `SwinLayer` holds for one map of this size, without gradients, in numbers of `size` bytes each."""
+    count = math.ceil(height / window) * math.ceil(width / window)
+    return (10 * count * window**2 * dim + 2 * min(count, _WINDOWS_AT_ONCE) * heads * window**4) * size
 
 
 def rising_drop_paths(depths: tuple[int, ...], last: float) -> list[list[float]]:

@@ -319,5 +319,13 @@ def test_a_configuration_that_describes_no_network_is_refused(wrong, message):
         SAIPEConfig(**wrong)
 
 
+def test_many_large_parts_together_are_refused():
+    parts = [{"dim": 512, "heads": 8}, {"mlp_ratio": 8}, {"down_depths": [24] * 8}]
+    for part in parts:
+        SAIPEConfig(**part)
+    with pytest.raises(ValueError, match="at most 500,000,000 weights"):
+        SAIPEConfig(**parts[0], **parts[1], **parts[2])
+
+
 def test_the_configuration_survives_json():
     assert SAIPEConfig(**json.loads(json.dumps(NATIVE.to_dict()))) == NATIVE

@@ -9,100 +9,18 @@ number, the values are those of HAODiff (2025), by the same group, which has the
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .performer import AttentionPool, Performer, favor_bytes, orthogonal_features
+from .saipe_config import MULTIPLE, PATCH, SHRINK, SAIPEConfig
 from .swin import RSTB, LayerMaker, NearestUpsampler, WindowAttention, fitted_positions, rising_drop_paths, window_bytes
 
 _MEAN = (0.4488, 0.4371, 0.4040)
 """Of DIV2K, as in SwinIR."""
-_SHRINK, _PATCH = 4, 8
-MULTIPLE = _SHRINK * _PATCH
-"""Pixels along each side of a position of the map that the prompt is pooled from."""
-_RESOLUTIONS = ("resize", "native")
-_RANGES = {
-    "dim": (3, 512), "heads": (1, 64), "window": (2, 32), "mlp_ratio": (1, 8), "drop_path": (0, 0.9),
-    "performer_depth": (1, 16), "performer_heads": (1, 32), "performer_dim_head": (1, 256), "features": (1, 4096),
-    "performer_mult": (1, 8), "context_dim": (1, 4096), "tokens": (1, 1024), "pool_heads": (1, 64),
-    "image_side": (MULTIPLE, 1024),
-}  # fmt: skip
-"""Bounds of a configuration, which may come from a file of anybody's."""
-_MOST_BLOCKS, _MOST_LAYERS = 8, 24
-
-
-@dataclass(frozen=True)
-class SAIPEConfig:
-    """Everything that is needed to rebuild the network.
-
-    Args:
-        dim: Channels of the Swin transformer and width of the Performer.
-        down_depths: Layers of each residual Swin block of the encoder.
-        up_depths: Of the decoder; the paper says fewer, and no number.
-        heads: Attention heads of the Swin transformer.
-        window: Side of its windows, in positions of 4 pixels.
-        mlp_ratio: Width of its feed-forward layers in units of `dim`.
-        drop_path: How often training leaves out a branch of its last layer; of the others less, down to never.
-        performer_depth: Layers of the Performer.
-        performer_heads: Its heads.
-        performer_dim_head: Width of each.
-        performer_mult: Width of its feed-forward layers in units of `dim`.
-        features: Random features of each of its layers, d ln(d) of the width of a head.
-        context_dim: Width of the tokens.
-        tokens: Their number.
-        pool_heads: Heads of the attention that pools them.
-        resolution: What pictures of another size than `image_side` are: "resize" stretches them to that square, as the
-            group does; "native" keeps their size and interpolates the learned positions.
-        image_side: Pixels along each side of the pictures that the positions are learned for.
-    """
-
-    dim: int = 180
-    down_depths: tuple[int, ...] = (6, 6)
-    up_depths: tuple[int, ...] = (4, 4)
-    heads: int = 6
-    window: int = 8
-    mlp_ratio: float = 2.0
-    drop_path: float = 0.1
-    performer_depth: int = 4
-    performer_heads: int = 6
-    performer_dim_head: int = 128
-    performer_mult: int = 4
-    features: int = 621
-    context_dim: int = 1024
-    tokens: int = 77
-    pool_heads: int = 8
-    resolution: str = "resize"
-    image_side: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("down_depths", "up_depths"):
-            depths = getattr(self, name)
-            if not isinstance(depths, list | tuple) or not 1 <= len(depths) <= _MOST_BLOCKS or not all(
-                _is_number(depth, int) and 1 <= depth <= _MOST_LAYERS for depth in depths
-            ):  # fmt: skip
-                raise ValueError(
-                    f"SAIPE: expected {name} of 1 to {_MOST_BLOCKS} blocks, each of 1 to {_MOST_LAYERS} layers, got "
-                    f"{depths!r}."
-                )
-            object.__setattr__(self, name, tuple(depths))
-        for name, (least, most) in _RANGES.items():
-            value, whole = getattr(self, name), name not in ("mlp_ratio", "drop_path")
-            if not _is_number(value, int if whole else (int, float)) or not least <= value <= most:
-                raise ValueError(f"SAIPE: expected {name} from {least} to {most}, got {value!r}.")
-        for name, unit in (("dim", self.heads), ("context_dim", self.pool_heads), ("image_side", MULTIPLE)):
-            if getattr(self, name) % unit:
-                raise ValueError(f"SAIPE: expected {name} to be a multiple of {unit}, got {getattr(self, name)}.")
-        if self.resolution not in _RESOLUTIONS:
-            raise ValueError(f"SAIPE: expected a resolution of {' or '.join(_RESOLUTIONS)}, got {self.resolution!r}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 class SAIPE(nn.Module):
@@ -175,12 +93,12 @@ class SAIPE(nn.Module):
             rows, columns = (math.ceil(side / MULTIPLE) * MULTIPLE for side in (height, width))
         same = (rows, columns) == (height, width)
         area, given, inner = rows * columns, 3 * height * width, config.performer_heads * config.performer_dim_head
-        cells = area // _SHRINK**2
+        cells = area // SHRINK**2
         decoder = 2 * config.dim * (area + cells) * size
         attention = (4 * config.dim + 5 * inner) * cells * size
         attention += favor_bytes(cells, config.performer_heads, config.performer_dim_head, config.features)
         feed_forward = (4 + 2 * config.performer_mult) * config.dim * cells * size
-        windows = window_bytes(rows // _SHRINK, columns // _SHRINK, config.dim, config.heads, config.window, size)
+        windows = window_bytes(rows // SHRINK, columns // SHRINK, config.dim, config.heads, config.window, size)
         positions = 0 if rows == columns == config.image_side else 6 * self.encoder.positions.numel()
         inside = max(decoder, attention, feed_forward, windows, positions) + 3 * area * size
         stretched = 0 if same or config.resolution == "native" else given * (size if size >= 4 else size + 4)
@@ -236,7 +154,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: SAIPEConfig, drop_paths: list[list[float]], make: LayerMaker) -> None:
         super().__init__()
-        dim, side = config.dim, config.image_side // _SHRINK
+        dim, side = config.dim, config.image_side // SHRINK
         self.downsampler = nn.Sequential(
             make.conv(3, dim, 3), nn.LeakyReLU(inplace=True), make.conv(dim, dim, 3, 2), make.conv(dim, dim, 3, 2),
             make.conv(dim, dim, 3),
@@ -274,7 +192,7 @@ class ImageGuidanceEmbedder(nn.Module):
 
     def __init__(self, config: SAIPEConfig, make: LayerMaker) -> None:
         super().__init__()
-        dim, context, side = config.dim, config.context_dim, config.image_side // _SHRINK
+        dim, context, side = config.dim, config.context_dim, config.image_side // SHRINK
         self.project = make.linear(dim, dim)
         self.positions = nn.Parameter(torch.zeros(side, side, dim, **make.factory))
         self.performer = Performer(
@@ -285,7 +203,7 @@ class ImageGuidanceEmbedder(nn.Module):
         self.register_buffer("features", torch.zeros(shape, dtype=torch.float32, device=make.factory["device"]))
         shares = [dim // 3 + (index < dim % 3) for index in range(3)]
         self.convs = nn.ModuleList(make.conv(dim, share, size) for share, size in zip(shares, (3, 5, 7), strict=True))
-        self.fusion = make.conv(dim, context, _PATCH, _PATCH, padded=False)
+        self.fusion = make.conv(dim, context, PATCH, PATCH, padded=False)
         self.queries = nn.Parameter(torch.zeros(config.tokens, context, **make.factory))
         self.pool = AttentionPool(context, config.pool_heads, make)
         self.norm = make.norm(context)
@@ -318,7 +236,3 @@ def _resized(images: Tensor, height: int, width: int) -> Tensor:
 
 def _mean(like: Tensor) -> Tensor:
     return like.new_tensor(_MEAN)[:, None, None]
-
-
-def _is_number(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)

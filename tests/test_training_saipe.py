@@ -114,7 +114,10 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert (optimizer.ema_decay, optimizer.betas, optimizer.gradient_clip) == (0.0, (0.9, 0.999), 0.0)
     assert paper.data.crop == 512 and paper.data.degradation == Degradation(5, 95) and paper.redraw_every == 1000
     assert not (paper.data.flips or paper.data.rotations)
-    assert (small.network.tokens, small.network.context_dim) == (77, 1024) and small.data.crop == 128
+    assert (small.network.tokens, small.network.context_dim) == (
+        77,
+        1024,
+    ) and small.data.crop == small.network.image_side
 
 
 def pillow_pair(path: Path, crop: CaptionedCrop) -> tuple[np.ndarray, np.ndarray]:

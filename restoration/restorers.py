@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,8 @@ from .restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, lo
 _WIDEST = 4096
 _MOST_LEVELS = 10
 _MOST_BLOCKS = 100
+_PREDICTOR = "timestep"
+"""The part of a file that holds the predictor of quality and timestep."""
 
 Restorer = ScoreDenoiser | RegressionRestorer | CaVEPrompt | SAIPEPrompt | QualityEstimator
 """Modules with a `network` and a `compute_dtype`."""
@@ -74,7 +76,16 @@ def load_weights(restorer: Restorer, file: RestorerFile, *, assign: bool = False
     for name, part in _FAMILIES[file.metadata.family].parts.items():
         module = getattr(restorer, name)
         if module is not None:
-            load_part(module, file, part, assign=assign)
+            load_part(module, _single(file) if part == _PREDICTOR else file, part, assign=assign)
+
+
+def _single(file: RestorerFile) -> RestorerFile:
+    """A file with the predictor's weights in single precision, in which they stay where tensors are assigned."""
+    single = {
+        key: value.float() if key.startswith(f"{_PREDICTOR}.") and value.is_floating_point() else value
+        for key, value in file.tensors.items()
+    }
+    return replace(file, tensors=single)
 
 
 def _build_driftrec(config: dict[str, Any], factory: dict[str, Any]) -> ScoreDenoiser:
@@ -163,7 +174,7 @@ _FAMILIES = {
     "driftrec": _Family({"network": "score"}, _build_driftrec),
     "regression": _Family({"network": "regression"}, _build_regression),
     "codiff": _Family({"network": "prompt", "projection": "projection"}, _build_codiff),
-    "sodiff": _Family({"network": "prompt", "predictor": "timestep"}, _build_sodiff),
+    "sodiff": _Family({"network": "prompt", "predictor": _PREDICTOR}, _build_sodiff),
     "saipe": _Family({"network": "prompt"}, _build_saipe),
-    "quality": _Family({"network": "timestep"}, _build_quality),
+    "quality": _Family({"network": _PREDICTOR}, _build_quality),
 }

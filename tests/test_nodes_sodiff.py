@@ -212,3 +212,24 @@ def test_the_whole_graph_runs_at_any_size(sodiff, height, width):
         sodiff.comfy.forget()
     assert tuple(images[0].shape) == (1, height // 8 * 8, width // 8 * 8, 3) and torch.equal(*images)
     assert images[0].isfinite().all() and float(images[0].std()) > 0.02
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 0.02), ("bf16", 0.15)])
+def test_half_precision_is_close_to_full(sodiff, dtype, tolerance):
+    """The prompt in half precision stays near the one in full; the predictor keeps single precision and its numbers."""
+    image, results = batch(64, 64), {}
+    for kind in ("fp32", dtype):
+        graph = Graph()
+        _, loader = loaded(graph, sodiff.base)
+        graph.prompt[loader]["inputs"]["dtype"] = kind
+        source = graph.image(image)
+        prompt = graph.add("SAIPEPrompt", restorer=[loader, 0], image=[source, 0])
+        predicted = graph.add("QFTimestepPredict", restorer=[loader, 0], image=[source, 0])
+        for node in (prompt, predicted):
+            graph.sink([node, 0])
+        outputs = run(sodiff.comfy, graph).outputs
+        results[kind] = outputs(prompt)[0][0][0], outputs(prompt)[1], outputs(predicted)[0]
+    (full, seen, timesteps), (half, seen_half, same) = results["fp32"], results[dtype]
+    assert half.dtype == torch.float32 and 0 < relative(half, full) < tolerance
+    assert 0 < relative(seen_half, seen) < tolerance
+    assert same == pytest.approx(timesteps, abs=1e-3)

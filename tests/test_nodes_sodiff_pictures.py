@@ -126,3 +126,13 @@ def test_without_its_estimator_the_message_says_so(sodiff, monkeypatch):
     assert "absent-quality.safetensors" in message and "missing from the pack's weights folder" in message
     save_jpeg(sodiff.comfy, "ordinary.jpg", photo(16, 16), 35)
     assert load(sodiff, "ordinary.jpg")[2] == 35
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 300), (1100, 40)])
+def test_pictures_of_any_size(sodiff, height, width):
+    """Smaller than a block of JPEG, narrow, and larger than the tiles in which the estimator looks at it."""
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    put(sodiff, "any.png", image)
+    pixels, _, quality, _ = load(sodiff, "any.png")
+    assert tuple(pixels.shape) == (1, height, width, 3) and 0 <= quality <= 100
+    assert quality == pytest.approx(estimated(sodiff, pixels.movedim(-1, 1)), abs=1e-2)

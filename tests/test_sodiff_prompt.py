@@ -174,12 +174,18 @@ def _built(file: RestorerFile):
 
 
 def test_the_predictor_computes_in_single_precision_whatever_the_prompt_does(predictor) -> None:
-    """bfloat16 would lose what tells high qualities apart."""
+    """bfloat16 would lose what tells high qualities apart; also where a file in half precision is assigned."""
+    timesteps, _ = predict_timesteps(predictor, images(1))
+    assert timesteps is not None
     built = build_restorer(RestorerMetadata("sodiff", CONFIG), "one.safetensors", dtype=torch.bfloat16)
     types = {parameter.dtype for parameter in built.predictor.parameters()}
     assert types == {torch.float32} and {p.dtype for p in built.network.parameters()} == {torch.bfloat16}
-    built.predictor.load_state_dict(predictor.state_dict())
-    assert predict_timesteps(built.predictor.eval(), images(1))[0] == predict_timesteps(predictor, images(1))[0]
+    halves = {part: {key: value.half() for key, value in network.state_dict().items()}
+              for part, network in (("prompt", built.network), ("timestep", predictor))}  # fmt: skip
+    load_weights(built, file_of("sodiff", CONFIG, halves), assign=True)
+    assert {parameter.dtype for parameter in built.predictor.parameters()} == {torch.float32}
+    of_half = predict_timesteps(built.predictor.eval(), images(1))[0]
+    assert of_half is not None and of_half.tolist() == pytest.approx(timesteps.tolist(), abs=5)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> None:
     settings = CaptionSettings(**{key: value for key, value in options.items() if key in names})
     if options["crops"] < 1 or options["batch"] < 1:
         raise CaptionError(f"expected --crops and --batch of at least 1, got {options['crops']}, {options['batch']}.")
-    output = options["output"] or options["train"] / DEFAULT_NAME
+    output = options.get("output", options["train"] / DEFAULT_NAME)
     write_captions(settings, options["train"], output, crops=options["crops"], batch=options["batch"])
 
 
@@ -223,8 +223,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = CaptionSettings()
-    captions.add_argument("--train", type=Path, required=True, metavar="FOLDER", help="the training pictures")
-    captions.add_argument("--output", type=Path, metavar="FILE", help=f"the file; by default {DEFAULT_NAME} in FOLDER")
+    unsaid: dict[str, Any] = {"type": Path, "default": argparse.SUPPRESS}
+    captions.add_argument("--train", required=True, metavar="FOLDER", help="the training pictures", **unsaid)
+    captions.add_argument("--output", metavar="FILE", help=f"the file; by default {DEFAULT_NAME} in FOLDER", **unsaid)
     captions.add_argument("--model", default=default.model, help="a vision-language model: a folder or the hub's name")
     captions.add_argument("--prompt", default=default.prompt, help="its question")
     captions.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="length of its answers")

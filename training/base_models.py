@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from training.one_step_configs import SD21_BASE_COPIES
+from training.one_step_configs import SD21_BASE_COPIES, SDXL_BASE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONTEXT_DIM = 1024
@@ -63,10 +63,9 @@ _SDXL = _Advice(
     "SDXL",
     "Give --loss.adversarial.sdxl a folder in diffusers' layout with unet, its config and .safetensors, or choose "
     "--loss.adversarial.discriminator sd21.",
-    "Give --loss.adversarial.sdxl stabilityai/stable-diffusion-xl-base-1.0 or a folder with a copy of its unet, or "
+    f"Give --loss.adversarial.sdxl {SDXL_BASE} or a folder with a copy of its unet, or "
     "choose --loss.adversarial.discriminator sd21.",
-    "Give --loss.adversarial.sdxl stabilityai/stable-diffusion-xl-base-1.0, or choose --loss.adversarial.discriminator "
-    "sd21.",
+    f"Give --loss.adversarial.sdxl {SDXL_BASE}, or choose --loss.adversarial.discriminator sd21.",
 )
 
 

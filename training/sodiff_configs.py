@@ -10,9 +10,7 @@ from restoration.networks.timestep_predictor import TimestepPredictorConfig
 from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
 from training.degradation import Degradation
 from training.losses import PerceptualConfig
-from training.one_step_configs import BaseConfig, LoRAConfig, check_precision, check_timestep
-
-SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+from training.one_step_configs import SDXL_BASE, BaseConfig, LoRAConfig, check_precision, check_timestep
 
 
 @dataclass(frozen=True)

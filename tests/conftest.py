@@ -75,11 +75,12 @@ def comfy(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def fresh(comfy):
-    """The executor with empty caches and no listener."""
+    """The executor with empty caches and no listener, left so: models in its caches may be patched in place."""
     comfy.forget()
     comfy.on_progress = None
     yield comfy
     comfy.on_progress = None
+    comfy.forget()
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def codiff(fresh, reduced) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def sodiff_files(comfy, reduced) -> SimpleNamespace:
     """The reduced base, and SODiff restorers for it: with a predictor, without its calibration, at a fixed timestep,
-    the first stage alone, and an estimator of the quality, also in the place of the one that ships."""
+    the first stage alone, and an estimator of the quality."""
     from tests import sodiff_graphs as names
     from tests.reduced_sd21 import write_quality, write_saipe, write_sodiff
 
@@ -116,7 +116,6 @@ def sodiff_files(comfy, reduced) -> SimpleNamespace:
     write_sodiff(folder / names.FIXED, reduced.base, predictor=None, timestep=199.5)
     write_saipe(folder / names.FIRST_STAGE)
     write_quality(folder / names.QUALITY)
-    write_quality(folder / "starter-quality.safetensors")
     comfy.folder_paths.filename_list_cache.clear()
     return SimpleNamespace(base=reduced.base, file=read_restorer(path))
 

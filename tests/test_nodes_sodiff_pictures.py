@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,9 +18,22 @@ from restoration.restorer_file import read_restorer
 from tests.codiff_graphs import run
 from tests.graphs import Graph, photo, save_jpeg
 from tests.shared import shared_path
+from tests.sodiff_graphs import QUALITY
 from tests.test_nodes_errors import refusal
 
 pytestmark = pytest.mark.comfyui
+
+
+@pytest.fixture
+def files(sodiff) -> ModuleType:
+    """The module of LoadJPEG."""
+    return sys.modules[f"{sodiff.comfy.pack}.nodes.files"]
+
+
+@pytest.fixture(autouse=True)
+def small_estimator(files, monkeypatch) -> None:
+    """The test's estimator in the place of the one that ships."""
+    monkeypatch.setattr(files, "QUALITY_ESTIMATOR", QUALITY)
 
 
 def compressed_once(quality: int, height: int = 160, width: int = 160) -> torch.Tensor:
@@ -41,7 +56,7 @@ def load(sodiff, name: str) -> list:
 
 def estimated(sodiff, image: torch.Tensor) -> float:
     """The quality by the test's estimator in plain PyTorch."""
-    file = read_restorer(sodiff.comfy.base / "models" / "jpeg_restorers" / "starter-quality.safetensors")
+    file = read_restorer(sodiff.comfy.base / "models" / "jpeg_restorers" / QUALITY)
     network = TimestepPredictor(TimestepPredictorConfig(**file.metadata.config["timestep_predictor"]))
     network.load_state_dict(file.part("timestep"))
     with torch.no_grad():
@@ -113,11 +128,18 @@ def test_damaged_pictures_are_refused(sodiff):
     assert "start.png" in refusal(sodiff.comfy, graph, "LoadJPEG")
 
 
-def test_without_its_estimator_the_message_says_so(sodiff, monkeypatch):
-    """The file that ships is gone: what is missing, and what to do; JPEGs load all the same."""
-    import sys
+def test_the_estimator_that_ships_is_asked(sodiff, files, monkeypatch):
+    """Nothing else chosen: the pack's own file, which is right within 10 about a photo that was saved again."""
+    monkeypatch.undo()
+    assert files.QUALITY_ESTIMATOR == "starter-quality.safetensors"
+    assert Path(files.restorer_path(files.QUALITY_ESTIMATOR)).parent.name == "weights"
+    for quality in (10, 50, 90):
+        put(sodiff, "plain.png", compressed_once(quality, 256, 256))
+        assert load(sodiff, "plain.png")[2] == pytest.approx(quality, abs=10)
 
-    files = sys.modules[f"{sodiff.comfy.pack}.nodes.files"]
+
+def test_without_its_estimator_the_message_says_so(sodiff, files, monkeypatch):
+    """The file that ships is gone: what is missing, and what to do; JPEGs load all the same."""
     monkeypatch.setattr(files, "QUALITY_ESTIMATOR", "absent-quality.safetensors")
     put(sodiff, "plain.png", compressed_once(10, 24, 24))
     graph = Graph()

@@ -54,7 +54,7 @@ class TimestepPredictorConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "timesteps" else 1
+            value, least = getattr(self, field.name), {"timesteps": 0, "patch": 2}.get(field.name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST[field.name]:
                 raise ValueError(
                     f"timestep predictor: expected {field.name} from {least} to {_LARGEST[field.name]}, got {value!r}."
@@ -160,8 +160,8 @@ class TimestepPredictor(nn.Module):
     def activation_bytes(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes that `encode` of one image of this size takes beside the weights and the workspace of the kernels.
 
-        That is the image, and at most the centred image beside the stem's result, or two or three maps of full width.
-        A window of `encode_tiled` counts with `config.halo` on each side.
+        That is the image, and at most the image without means beside the stem's result, or two or three maps of full
+        width. A window of `encode_tiled` counts with `config.halo` on each side.
         """
         config = self.config
         rows, columns = (max(side // config.patch, 1) for side in (height, width))
@@ -200,7 +200,7 @@ class TimestepPredictor(nn.Module):
 
     def _features(self, x: Tensor) -> Tensor:
         """Whole blocks (B, 3, h, w) to the map (B, stem, floor(h / patch), floor(w / patch))."""
-        x = x - 0.5
+        x = _without_means(x, self.config.patch)
         for layer in [*self.stem, *self.blocks]:
             x = layer(x)
         return x
@@ -253,20 +253,21 @@ def expected_timestep(logits: Tensor, noise: Tensor | None = None) -> Tensor:
 def cut_cosines(channels: int, side: int, generator: torch.Generator) -> Tensor:
     """Filters (channels, 3, side, side) that take images in [0, 1] to luma's cosine coefficients over their limits.
 
-    Channel i has coefficient i mod side^2, row by row, of either sign; what `_LIMIT` stands for grows from one round of
-    the coefficients to the next, from 1 to 16 levels, in equal ratios.
+    Channels go through all coefficients but the mean, row by row, again and again, of either sign; what `_LIMIT` stands
+    for grows from one round to the next, from 1 to 16 levels, in equal ratios.
     """
     positions = torch.arange(side, dtype=torch.float64)
     waves = torch.cos((2 * positions[None] + 1) * positions[:, None] * math.pi / (2 * side)) * math.sqrt(2 / side)
     waves[0] /= math.sqrt(2)
     blocks = torch.einsum("uy,vx->uvyx", waves, waves).flatten(0, 1)
     filters = blocks[:, None] * torch.tensor(_LUMA, dtype=torch.float64)[:, None, None]
-    rounds = math.ceil(channels / side**2)
+    distinct = side**2 - 1
+    rounds = math.ceil(channels / distinct)
     number = torch.arange(channels)
-    cuts = _LOWEST_CUT * (_HIGHEST_CUT / _LOWEST_CUT) ** (number // side**2 / max(rounds - 1, 1))
+    cuts = _LOWEST_CUT * (_HIGHEST_CUT / _LOWEST_CUT) ** (number // distinct / max(rounds - 1, 1))
     signs = torch.randint(0, 2, (channels,), generator=generator, device=generator.device).cpu() * 2 - 1
     scale = 255 * _LIMIT * signs / cuts
-    return (filters[number % side**2] * scale[:, None, None, None]).float()
+    return (filters[1 + number % distinct] * scale[:, None, None, None]).float()
 
 
 class _Maker:
@@ -284,6 +285,14 @@ class _Maker:
     def branch(self, inputs: int, hidden: int, outputs: int) -> nn.Sequential:
         first = self.operations.Linear(inputs, hidden, **self.factory)
         return nn.Sequential(first, nn.ReLU(inplace=True), self.operations.Linear(hidden, outputs, **self.factory))
+
+
+def _without_means(x: Tensor, side: int) -> Tensor:
+    """Whole blocks of images (B, 3, H, W) without their means, so that rounded filters leave flat blocks at zero."""
+    means = F.avg_pool2d(x, side)[:, :, :, None, :, None]
+    rows, columns = means.shape[2], means.shape[4]
+    blocks = x[..., : rows * side, : columns * side].unflatten(3, (columns, side)).unflatten(2, (rows, side))
+    return (blocks - means).flatten(4, 5).flatten(2, 3)
 
 
 def _scale(layer: nn.Module, factor: float) -> None:

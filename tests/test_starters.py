@@ -56,7 +56,7 @@ def test_they_take_blocks_away_from_a_picture_that_they_have_not_seen(quality: i
 
 
 def test_the_quality_of_one_unseen_picture_is_right_within_8() -> None:
-    """Mean over qualities 5 to 95, both decoders; a constant has 25 (LIVE1: docs/benchmarks.md). In half precision within 0.2 of single."""
+    """Mean over qualities 5 to 95, both decoders (a constant has 25); in half precision within 0.2 of single."""
     network = load("starter-quality.safetensors")[1].network
     clean, errors = data.astronaut(), []
     low = TimestepPredictor(network.config, dtype=torch.float16).eval()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from restoration.calibration import Calibration
 from restoration.networks.saipe import SAIPE, SAIPEConfig
@@ -32,6 +32,7 @@ from training.trainers.one_step import OneStepModel, OneStepTask, Restored, Seen
 
 CALIBRATED_QUALITIES = tuple(range(5, 100, 5))
 """Where the mean timestep is measured for the file's table of it against quality."""
+_LOOKED_AT_ONCE = 8
 
 
 class SODiffModel(OneStepModel):
@@ -52,6 +53,17 @@ class SODiffModel(OneStepModel):
         if prompt.predictor is not None and config.loss.quality == 0:
             prompt.predictor.quality_head.requires_grad_(False)  # what no loss reaches must not wait for gradients
         self.freeze(gradient_checkpointing=config.gradient_checkpointing)
+
+    def train(self, mode: bool = True) -> SODiffModel:
+        """As of any module, but SAIPE stays in evaluation mode, and so do the predictor's norms.
+
+        With a picture or two at a time, their own statistics would hide what tells pictures apart, and use would differ
+        from training. The stored ones are those of the predictor's own training, or of pictures seen at the start.
+        """
+        super().train(mode)
+        for norm in predictor_norms(self.prompt):
+            norm.eval()
+        return self
 
     def see(self, degraded: Tensor, noise: torch.Generator | None) -> Seen:
         """SAIPE's tokens, and the predictor's expectation of the timestep (Eq. 11), with Gumbel noise in training."""
@@ -93,6 +105,21 @@ class SODiffTask(OneStepTask[SODiffModel]):
         if restored.quality is None or self.config.loss.quality == 0:
             return 0.0
         return self.config.loss.quality * (restored.quality - batch["quality"]).abs().mean()
+
+    @torch.no_grad()
+    def look(self, degraded: Tensor) -> None:
+        """Give a new predictor's norms the statistics of pictures."""
+        norms = predictor_norms(self._prompt)
+        if self.config.predictor_from is not None or not norms:
+            return
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        for pictures in degraded.split(_LOOKED_AT_ONCE):
+            self._prompt.predictor(pictures)  # type: ignore[misc]
+        for norm in norms:
+            norm.eval()
 
     def take_validation(self, pictures: list[np.ndarray]) -> None:
         self._pictures = pictures
@@ -144,6 +171,12 @@ class SODiffTask(OneStepTask[SODiffModel]):
         if self._prompt.predictor is not None:
             parts["timestep"] = self._prompt.predictor.state_dict()
         return parts
+
+
+def predictor_norms(prompt: nn.Module) -> list[nn.BatchNorm2d]:
+    """The batch norms of the timestep predictor; none where the timestep is fixed."""
+    predictor = prompt.predictor
+    return [] if predictor is None else [part for part in predictor.modules() if isinstance(part, nn.BatchNorm2d)]  # type: ignore[union-attr]
 
 
 def _make_critic(base: BaseModel, config: SODiffConfig, generator: torch.Generator) -> PromptedDiscriminator | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks._common import WEIGHTS, evaluation_pictures, heading, jpeg_of, load, mean, measure, perceptual
 from restoration.diffusion.prediction import RegressionRestorer, ScoreDenoiser
 from restoration.pipelines import Compute, DriftRecSettings, restore_driftrec, restore_regression
+from restoration.restorer_file import read_metadata
 
 
 def main(arguments: list[str]) -> None:
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--limit", type=int, default=0, help="use the first pictures only")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    files = options.restorer or sorted(WEIGHTS.glob("*.safetensors"))
+    files = options.restorer or [path for path in sorted(WEIGHTS.glob("*.safetensors")) if _restores(path)]
     restorers = [(path.stem, load(path, options.device)[1]) for path in files]
     pictures = evaluation_pictures(options.data, options.limit)
     lpips = perceptual()
@@ -53,6 +54,10 @@ def restore(restorer: ScoreDenoiser | RegressionRestorer, degraded: Tensor, devi
         if isinstance(restorer, RegressionRestorer):
             return restore_regression(restorer, degraded, compute=compute, color="mean")
         return restore_driftrec(restorer, degraded, DriftRecSettings(), compute=compute)
+
+
+def _restores(path: Path) -> bool:
+    return read_metadata(path).family in ("driftrec", "regression")
 
 
 def _row(quality: int, name: str, row: dict[str, float], seconds: float | None) -> str:

@@ -22,6 +22,7 @@ from restoration.calibration import Calibration
 from restoration.networks.saipe import SAIPE, SAIPEConfig
 from restoration.networks.timestep_predictor import TimestepPredictor, TimestepPredictorConfig, gumbel_noise
 from restoration.restorer_file import RestorerFileError, RestorerMetadata, read_restorer, write_restorer
+from tests.shared import ROOT
 from training.base_models import lora_layers
 from training.checkpoint import read_checkpoint
 from training.degradation import Degradation
@@ -308,6 +309,15 @@ def test_a_predictor_of_the_quality_is_a_start(config: SODiffConfig, tmp_path: P
     assert any("timestep_head" in key for key in own)
     with pytest.raises(RestorerFileError, match="--predictor the same shape"):
         SODiffTask(replace(config, predictor_from=path, predictor=replace(PREDICTOR, width=8)))
+
+
+def test_the_shipped_predictor_of_the_quality_is_a_start_for_the_default_one(config: SODiffConfig) -> None:
+    shipped = ROOT / "weights" / "starter-quality.safetensors"
+    task = SODiffTask(replace(config, predictor=PRESETS["paper"].predictor, predictor_from=shipped))
+    own = task.model.prompt.predictor.state_dict()
+    given = read_restorer(shipped).part("timestep")
+    assert given.keys() == {key for key in own if not key.startswith("timestep_head.")}
+    assert all(torch.equal(own[key].float(), value.float()) for key, value in given.items())
 
 
 def test_a_run_can_start_from_a_sodiff_file(config: SODiffConfig, tmp_path: Path) -> None:

@@ -49,6 +49,22 @@ def test_the_loss_is_the_sum_of_both_errors_and_each_can_be_turned_off(implicit:
         assert (parameter.grad is None) == off, name
 
 
+def test_batches_are_cut_to_one_of_the_sides_at_random() -> None:
+    """The loss is that of the upper left squares; the step's generator alone decides which."""
+    config = small(implicit=True, sides=(32, 64))
+    task, whole, given = CaVETask(config), CaVETask(small(implicit=True, sides=())), batch()
+    whole.model.load_state_dict(task.model.state_dict())
+    expected = set()
+    for side in config.sides:
+        cut = {key: value[..., :side, :side] if value.dim() == 4 else value for key, value in given.items()}
+        expected.add(float(whole.loss(whole.model, cut, torch.Generator()).detach()))
+    drawn = [float(task.loss(task.model, given, torch.Generator().manual_seed(seed)).detach()) for seed in range(12)]
+    assert set(drawn) == expected and len(expected) == 2
+    assert drawn[0] == float(task.loss(task.model, given, torch.Generator().manual_seed(0)).detach())
+    with pytest.raises(ValueError, match=r"multiples of 32 up to data\.crop"):
+        small(sides=(48,))
+
+
 def test_presets_are_the_papers_and_the_codes() -> None:
     paper, code = PRESETS["cave"]["paper"], PRESETS["cave"]["code"]
     for config in (paper, code):
@@ -56,7 +72,7 @@ def test_presets_are_the_papers_and_the_codes() -> None:
         assert (config.quality_weight, config.run.batch, config.data.crop) == (1e-3, 128, 256)
         assert config.run.images == 200_000 * 128 and config.optimizer.learning_rate == 2e-5
         assert (config.optimizer.weight_decay, config.optimizer.ema_decay) == (0.0, 0.0)
-        assert config.initialization == "published"
+        assert config.initialization == "published" and config.sides == ()
     assert paper.data.degradation == Degradation(8, 95)
     assert code.data.degradation == Degradation(
         8, 96, quality_choices=CODE_QUALITIES, choice_probability=0.75, misaligned_probability=0.5, misaligned_max=8

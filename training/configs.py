@@ -176,6 +176,9 @@ class CaVETrainingConfig:
     finest differences, which the published start hardly sees: with it, minutes show nothing."""
     quality_weight: float = 1e-3
     """Weight of the quality's error; the reconstruction's is 1."""
+    sides: tuple[int, ...] = ()
+    """Each batch is cut to squares of one of these sides at random, multiples of 32 up to data.crop; empty: not cut.
+    A network that saw one size learns how much of it is border, and is wrong about the quality of larger pictures."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-5, weight_decay=0.0, ema_decay=0.0)
     )
@@ -191,6 +194,10 @@ class CaVETrainingConfig:
     def __post_init__(self) -> None:
         if not (self.implicit or self.explicit):
             raise ValueError("implicit, explicit: expected at least one of them to be on, got neither.")
+        if any(side < 32 or side % 32 or side > self.data.crop for side in self.sides):
+            raise ValueError(
+                f"sides: expected multiples of 32 up to data.crop ({self.data.crop}), got {list(self.sides)}."
+            )
 
 
 _UNSEEN_QUALITIES = (15, 25, 35, 45, 55, 75)
@@ -255,13 +262,14 @@ PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig | CaVETrainingCon
             ),
             network=CaVEConfig(widths=(8, 16, 32, 64), blocks=1),
             initialization="whitened",
+            sides=(64, 96, 128, 192),
             implicit=False,
             quality_weight=1.0,
             optimizer=OptimizerConfig(
                 learning_rate=3e-4, schedule="cosine", warmup_images=1000, weight_decay=0.0, ema_decay=0.0
             ),
-            validation=ValidationConfig(every=4_800, images=4, crop=128, qualities=_UNSEEN_QUALITIES),
-            run=RunConfig(output=Path("runs/cave-small"), images=9_600, batch=16, checkpoint_every=2_400),
+            validation=ValidationConfig(every=8_000, images=4, crop=128, qualities=_UNSEEN_QUALITIES),
+            run=RunConfig(output=Path("runs/cave-small"), images=16_000, batch=16, checkpoint_every=4_000),
         ),
     },
 }  # fmt: skip

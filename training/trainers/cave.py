@@ -50,14 +50,24 @@ class CaVETask(TaskDefaults):
         return [model.m_body_decoder, model.m_up3, model.m_up2, model.m_up1, model.m_tail]
 
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        reconstruction, level = model(batch["degraded"])
+        degraded, clean = self._cut(batch["degraded"], generator), batch["clean"]
+        reconstruction, level = model(degraded)
         total = torch.zeros((), device=level.device)
         if self.config.implicit:
-            total = total + (reconstruction - batch["clean"]).abs().mean()
+            clean = clean[..., : degraded.shape[-2], : degraded.shape[-1]]
+            total = total + (reconstruction - clean).abs().mean()
         if self.config.explicit:
             expected = (100 - batch["quality"]) / 100
             total = total + self.config.quality_weight * (level.float() - expected).abs().mean()
         return total
+
+    def _cut(self, degraded: Tensor, generator: torch.Generator) -> Tensor:
+        """The upper left square of one of the sides to be trained on, where the block grid begins."""
+        if not self.config.sides:
+            return degraded
+        drawn = int(torch.randint(len(self.config.sides), (), generator=generator, device=generator.device))
+        side = self.config.sides[drawn]
+        return degraded[..., :side, :side]
 
     def restore(self, degraded: Tensor, seed: int) -> Tensor:
         """The reconstruction; meaningless without the implicit learning."""

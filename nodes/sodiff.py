@@ -151,10 +151,17 @@ def _predict(
             )
         return [fixed] * len(pictures), [_UNKNOWN] * len(pictures)
     predictor, calibration = _parts(module)
+    tells = not isinstance(module, prompts.SAIPEPrompt) or module.tells_quality
+    if not tells and given.tolist() != [_UNKNOWN]:
+        raise ValueError(
+            f"expected no quality for {restorer.name}, which was trained without telling it. Set quality to -1."
+        )
     compute = prepare_exact(restorer, predictor, pictures.shape, tile, torch.float32)
     timesteps, qualities = predict_timesteps(
         predictor, pictures, compute=compute, calibration=calibration, quality=given, on_progress=ProgressReport()
     )
+    if not tells:
+        qualities = torch.full_like(qualities, _UNKNOWN)
     return [_UNKNOWN] * len(pictures) if timesteps is None else timesteps.tolist(), qualities.tolist()
 
 

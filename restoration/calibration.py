@@ -38,7 +38,8 @@ class Calibration:
                 f"calibration: expected as many timesteps as qualities, one at least, got {len(self.timesteps)} "
                 f"and {len(self.qualities)}."
             )
-        if any(second <= first for first, second in itertools.pairwise(self.qualities)):
+        single = np.asarray(self.qualities, np.float32)  # the precision that it is used in
+        if any(second <= first for first, second in itertools.pairwise(single)):
             raise ValueError(f"calibration: expected increasing qualities, got {_shown(self.qualities)}.")
         steps = [second - first for first, second in itertools.pairwise(self.timesteps)]
         if min(steps, default=0.0) < 0 < max(steps, default=0.0):

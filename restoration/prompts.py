@@ -50,17 +50,19 @@ class SAIPEPrompt(nn.Module):
         predictor: Of quality and timestep; it computes in single precision, whatever `compute_dtype` is.
         timestep: The fixed one, 0 to 999, where there is no predictor.
         calibration: The predictor's mean timestep at each quality.
+        tells_quality: Whether the predictor has learnt to tell it; without, it means nothing.
     """
 
     def __init__(
         self, network: SAIPE, predictor: TimestepPredictor | None = None, timestep: float | None = None,
-        calibration: Calibration | None = None,
+        calibration: Calibration | None = None, *, tells_quality: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.network = network
         self.predictor = predictor
         self.timestep = timestep if predictor is None else None
         self.calibration = calibration
+        self.tells_quality = tells_quality
         self.compute_dtype = torch.float32
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ def build_restorer(
         return _FAMILIES[metadata.family].build(
             metadata.config, {"operations": operations, "dtype": dtype, "device": device}
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RestorerFileError(
             f"{name}: its configuration is not valid ({error}). Download or export it again."
         ) from error
@@ -129,10 +129,13 @@ def _build_sodiff(config: dict[str, Any], factory: dict[str, Any]) -> SAIPEPromp
     if config["timestep_predictor"] is None:
         return SAIPEPrompt(network, None, _timestep(config["timestep"]))
     predictor = _build_predictor(config["timestep_predictor"], factory)
-    if predictor.config.timesteps != TIMESTEPS:
-        raise ValueError(f"a predictor of {predictor.config.timesteps} timesteps, not {TIMESTEPS}")
-    calibration = config.get("calibration")
-    return SAIPEPrompt(network, predictor, None, None if calibration is None else _calibration(calibration))
+    if not 2 <= predictor.config.timesteps <= TIMESTEPS:
+        raise ValueError(f"a predictor of {predictor.config.timesteps} timesteps, not of 2 to {TIMESTEPS}")
+    calibration, tells_quality = config.get("calibration"), config.get("tells_quality", True)
+    if not isinstance(tells_quality, bool):
+        raise ValueError(f"tells_quality {tells_quality!r}, neither true nor false")
+    table = None if calibration is None or not tells_quality else _calibration(calibration)
+    return SAIPEPrompt(network, predictor, None, table, tells_quality=tells_quality)
 
 
 def _build_saipe(config: dict[str, Any], factory: dict[str, Any]) -> SAIPEPrompt:

@@ -70,7 +70,7 @@ def tiny_config(base: Path, folder: Path) -> SODiffConfig:
     )
 
 
-def overfit(base: Path, folder: Path, *, steps: int = 80, discriminator: str = "sd21") -> Overfit:
+def overfit(base: Path, folder: Path, *, steps: int = 64, discriminator: str = "sd21") -> Overfit:
     """Train on four patches with all of SODiff but the perceptual loss and the noise of the timestep, which
     a base with random weights takes long to bear.
 
@@ -89,10 +89,10 @@ def overfit(base: Path, folder: Path, *, steps: int = 80, discriminator: str = "
             config.data, flips=False, rotations=False,
             degradation=Degradation(5, 50, quality_choices=(5, 50), choice_probability=1.0),
         ),
-        unet_lora=LoRAConfig(rank=8, alpha=8.0),
+        unet_lora=LoRAConfig(rank=32, alpha=32.0),
         gumbel=False,
         loss=replace(config.loss, adversarial=adversarial, clamp_gradient=True),
-        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=1e-2, gradient_clip=1.0, ema_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=1e-2, gradient_clip=1.0, ema_decay=0.0),
         critic_optimizer=OptimizerConfig(learning_rate=2e-5, gradient_clip=1.0),
         run=replace(config.run, images=2 * steps, batch=2, precision="no"),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from sodiff_overfit import tiny_config, write_patches, write_saipe
 
 from training.__main__ import main
 from training.ablate import FIXED_TIMESTEP, FULL, ROWS, variants
+from training.checkpoint import read_checkpoint
 from training.config_files import to_yaml
 from training.losses import PerceptualConfig
 from training.sodiff_configs import PRESETS, SODiffConfig
@@ -42,6 +43,11 @@ def test_a_row_that_would_repeat_the_full_one_is_refused(tmp_path: Path) -> None
     config = replace(PRESETS["paper"], timestep=FIXED_TIMESTEP)
     with pytest.raises(ValueError, match="nothing that no-predictor could leave out"):
         variants(config, [FULL, "no-predictor"], None)
+    plain = replace(PRESETS["paper"].loss, perceptual=PerceptualConfig("none", edges=True))
+    with pytest.raises(ValueError, match="nothing that no-edges could leave out"):
+        variants(replace(PRESETS["paper"], loss=plain), ["no-edges"], None)
+    with pytest.raises(ValueError, match="nothing that no-quality could leave out"):
+        variants(config, ["no-quality"], None)
     with pytest.raises(ValueError, match="--unaligned"):
         variants(config, ["no-alignment"], None)
 
@@ -75,9 +81,16 @@ def test_the_command_trains_the_rows_and_prints_their_figures(
     assert len({row["psnr/qf10"] for row in cells.values()}) > 2
     assert table.strip() in capsys.readouterr().out
 
-    # Repeated, nothing is trained again; another row joins the table.
-    before = {name: (config.run.output / name / "sodiff.safetensors").stat().st_mtime_ns for name in rows[:1]}
-    monkeypatch.setattr(sys, "argv", [*command, FULL, "no-predictor", "--dry-run"])
+    # Repeated with one more row: what is there is not trained again, the new row joins the table.
+    before = {name: read_checkpoint(config.run.output / name / "checkpoint.pt") for name in rows}
+    times = {name: (config.run.output / name / "checkpoint.pt").stat().st_mtime_ns for name in rows}
+    monkeypatch.setattr(sys, "argv", [*command, *rows, "no-adversarial", "--loss.adversarial.discriminator", "sd21"])
+    assert main() == 2  # another configuration than that of the folders
+    assert "ablate" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, FULL, "no-predictor"])
     assert main() == 0
-    assert "nothing was written" in capsys.readouterr().out
-    assert before == {name: (config.run.output / name / "sodiff.safetensors").stat().st_mtime_ns for name in rows[:1]}
+    assert times == {name: (config.run.output / name / "checkpoint.pt").stat().st_mtime_ns for name in rows}
+    assert all(read_checkpoint(config.run.output / name / "checkpoint.pt")["images"] == before[name]["images"] == 2
+               for name in rows)  # fmt: skip
+    assert [line.split("|")[1].strip() for line in (config.run.output / "ablation.md").read_text().splitlines()
+            if line.startswith("|")][2:] == [FULL, "no-predictor"]  # fmt: skip

@@ -70,10 +70,10 @@ def test_an_exported_file_restores_as_the_task_does(sodiff, tmp_path, timestep):
 
 @pytest.mark.slow
 def test_what_was_learned_by_heart_is_restored_in_comfyui(sodiff, tmp_path):
-    """Eight patches, trained until the loss has fallen, come out of the graph as out of the trainer."""
+    """Four patches, trained until the loss has fallen, come out of the graph as out of the trainer."""
     with torch.inference_mode(False), torch.enable_grad():
         trained = overfit(sodiff.base.folder, tmp_path, steps=16)
     first, last = sum(trained.losses[:3]) / 3, sum(trained.losses[-3:]) / 3
-    assert last < first, (first, last)
+    assert last < 0.9 * first, (first, last)
     in_graph, _ = restored_in_comfyui(sodiff, trained.file, trained.degraded)
     assert (in_graph - trained.restored).abs().max() < 1e-3

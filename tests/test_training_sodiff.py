@@ -123,6 +123,7 @@ def test_the_file_says_what_it_is(config: SODiffConfig) -> None:
         "timestep_predictor": PREDICTOR.to_dict(),
         "timestep": None,
         "calibration": None,
+        "tells_quality": True,
         "context_dim": 1024,
         "unet_lora": {"rank": 2, "alpha": 3.0},
     }

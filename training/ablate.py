@@ -6,12 +6,16 @@ All from one configuration, with a table of what each gave: the switches of the 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import PartialState
 
 from restoration.restorer_file import read_metadata
 from training.sodiff_configs import SODiffConfig
@@ -81,20 +85,32 @@ def run(arguments: list[str]) -> None:
 
     dry_run, config = parse("sodiff", others)
     configs = variants(config, own.rows, own.unaligned)
-    from training.session import Session
-
     for name, variant in configs.items():
         print(f"== {name}: without {ROWS[name].summary}" if name != FULL else f"== {name}", flush=True)
-        session = Session("sodiff", variant)
-        session.describe()
-        if not dry_run and not session.train():
+        if not _train(variant, dry_run=dry_run):
             return
     if dry_run:
         print("dry run: nothing was written")
         return
+    if not PartialState().is_main_process:
+        return
     text = table({name: variant.run.output / "sodiff.safetensors" for name, variant in configs.items()})
     _write(config.run.output / "ablation.md", text)
     print(text)
+
+
+def _train(config: SODiffConfig, *, dry_run: bool) -> bool:
+    """One row; returns whether it came to its end. Nothing of it stays in memory."""
+    from training.session import Session
+
+    session = Session("sodiff", config)
+    session.describe()
+    finished = dry_run or session.train()
+    del session
+    gc.collect()  # mixed precision leaves cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return finished
 
 
 def variants(config: SODiffConfig, rows: list[str], unaligned: Path | None) -> dict[str, SODiffConfig]:
@@ -106,10 +122,16 @@ def variants(config: SODiffConfig, rows: list[str], unaligned: Path | None) -> d
     changed = {}
     for name in rows:
         variant = ROWS[name].change(config, unaligned)
-        if name != FULL and variant == config:
+        if name != FULL and (variant == config or _is_idle(name, config)):
             raise ValueError(f"ablate: the configuration has nothing that {name} could leave out. Change --rows.")
         changed[name] = replace(variant, run=replace(variant.run, output=config.run.output / name))
     return changed
+
+
+def _is_idle(name: str, config: SODiffConfig) -> bool:
+    """Whether what a row leaves out has no effect in this configuration."""
+    without_edges = config.loss.perceptual.kind == "none"
+    return (name == "no-edges" and without_edges) or (name == "no-quality" and config.timestep is not None)
 
 
 def table(files: dict[str, Path]) -> str:
@@ -132,6 +154,7 @@ def _order(column: str) -> tuple[str, int]:
 def _write(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", suffix=".part") as file:
         file.write(text + "\n")
+    os.chmod(file.name, 0o644)  # temporary files are private
     os.replace(file.name, path)
 
 

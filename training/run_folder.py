@@ -20,7 +20,8 @@ from training.trainers.task import Task
 _MAY_CHANGE = (
     *("run.images", "run.batch", "run.accumulate", "run.precision", "run.output", "run.init_from", "run.license"),
     *("run.half", "run.checkpoint_every", "run.checkpoint_minutes"),
-    *("data.train", "data.validation", "data.workers", "data.cache_mb", "validation", "optimizer", "critic_optimizer"),
+    *("data.train", "data.validation", "data.workers", "data.cache_mb", "captions", "text_encoder.cache"),
+    *("validation", "optimizer", "critic_optimizer"),
 )
 """What may differ when a run goes on: all that does not change what is trained."""
 _MUST_NOT_CHANGE = ("optimizer.eight_bit", "critic_optimizer.eight_bit")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from restoration.diffusion.one_step import TIMESTEPS
 from restoration.networks.timestep_predictor import TimestepPredictorConfig
 from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
 from training.degradation import Degradation
@@ -90,10 +91,10 @@ class SODiffConfig:
         check_precision(self.base, self.run)
         if self.timestep is not None:
             check_timestep("timestep", self.timestep)
-        if self.timestep is None and self.predictor.timesteps < 2:
+        if self.timestep is None and not 2 <= self.predictor.timesteps <= TIMESTEPS:
             raise ValueError(
-                f"predictor.timesteps: expected at least 2 to choose from, got {self.predictor.timesteps}. Give more, "
-                "or a fixed --timestep."
+                f"predictor.timesteps: expected 2 to {TIMESTEPS} to choose from, got {self.predictor.timesteps}. "
+                "Change it, or give a fixed --timestep."
             )
 
 

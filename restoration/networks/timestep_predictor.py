@@ -23,6 +23,7 @@ from ..exact_tiling import tiled_exactly
 
 _LARGEST = {"timesteps": 10_000, "patch": 32, "stem": 4096, "width": 1024, "blocks": 16, "hidden": 4096}
 """Bounds of a configuration, which may come from a file of anybody's."""
+_MOST_WEIGHTS = 50_000_000
 _LUMA = (0.299, 0.587, 0.114)
 _LIMIT = 6.0
 """Where the stem's activation, ReLU6, ends."""
@@ -59,6 +60,13 @@ class TimestepPredictorConfig:
                 raise ValueError(
                     f"timestep predictor: expected {field.name} from {least} to {_LARGEST[field.name]}, got {value!r}."
                 )
+        if self._weights() > _MOST_WEIGHTS:
+            raise ValueError(f"timestep predictor: expected at most {_MOST_WEIGHTS:,} weights, got {self}.")
+
+    def _weights(self) -> int:
+        """About how many there are, by the largest layers."""
+        blocks = self.blocks * 10 * self.stem * self.width
+        return 3 * self.patch**2 * self.stem + blocks + self.hidden * (2 * self.stem + self.timesteps + 1)
 
     @property
     def halo(self) -> int:
@@ -247,7 +255,7 @@ def expected_timestep(logits: Tensor, noise: Tensor | None = None) -> Tensor:
     """
     scores = logits.float() if noise is None else logits.float() + noise
     timesteps = torch.arange(logits.shape[-1], dtype=torch.float32, device=logits.device)
-    return (scores.softmax(dim=-1) * timesteps).sum(dim=-1)
+    return (scores.softmax(dim=-1) * timesteps).sum(dim=-1).clamp(max=logits.shape[-1] - 1)  # rounding goes beyond
 
 
 def cut_cosines(channels: int, side: int, generator: torch.Generator) -> Tensor:

@@ -99,7 +99,7 @@ class OneStepModel(nn.Module):
         with torch.autocast(degraded.device.type, enabled=False):
             seen = self.see(degraded.float(), noise)
         eps = self.unet(latent.to(self.dtype), seen.timestep, seen.tokens.to(self.dtype), return_dict=False)[0]
-        x0 = predict_x0(latent, eps, interpolate_alphas_cumprod(seen.timestep))
+        x0 = predict_x0(latent, eps, interpolate_alphas_cumprod(seen.timestep.cpu()))
         return Restored(self.decode(x0)[..., :height, :width], x0, seen.tokens, seen.quality)
 
     def encode(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:

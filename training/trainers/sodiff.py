@@ -95,7 +95,7 @@ class SODiffTask(OneStepTask[SODiffModel]):
         prompt = load_prompt(config, generator)
         self.perceptual = make_perceptual(config.loss.perceptual)
         base = base_models.load_base(config.base.path)
-        self.critic = _make_critic(base, config, generator)
+        self.critic = _make_critic(base, prompt.network.config.tokens, config, generator)
         self.critic_optimizer = config.critic_optimizer
         self.model = SODiffModel(base, prompt, config, generator)
         self._pictures: list[np.ndarray] = []
@@ -128,7 +128,7 @@ class SODiffTask(OneStepTask[SODiffModel]):
         """`timestep`: as the nodes predict it; `quality_error`: the mean absolute error of the predicted quality."""
         seen = self.model.see(degraded, None)
         measured = {"timestep": float(seen.timestep.mean())}
-        if seen.quality is not None:
+        if seen.quality is not None and self._tells_quality:
             measured["quality_error"] = float((seen.quality - quality).abs().mean())
         return measured
 
@@ -136,7 +136,7 @@ class SODiffTask(OneStepTask[SODiffModel]):
     def calibration(self) -> Calibration | None:
         """The mean timestep of the validation pictures at each of `CALIBRATED_QUALITIES`."""
         predictor = self._prompt.predictor
-        if predictor is None or not self._pictures:
+        if predictor is None or not self._tells_quality or not self._pictures:
             return None
         device = next(predictor.parameters()).device
         qualities, timesteps = [], []
@@ -154,10 +154,15 @@ class SODiffTask(OneStepTask[SODiffModel]):
             "timestep_predictor": None if prompt.predictor is None else prompt.predictor.config.to_dict(),
             "timestep": prompt.timestep,
             "calibration": None if calibration is None else calibration.to_dict(),
+            "tells_quality": self._tells_quality,
             "context_dim": prompt.network.config.context_dim,
             **self.described_lora(),
         }
         return RestorerMetadata("sodiff", config, base="sd2.1-base", training=training, license=license)
+
+    @property
+    def _tells_quality(self) -> bool:
+        return self._prompt.predictor is not None and self.config.loss.quality > 0
 
     @property
     def _prompt(self) -> SAIPEPrompt:
@@ -179,7 +184,9 @@ def predictor_norms(prompt: nn.Module) -> list[nn.BatchNorm2d]:
     return [] if predictor is None else [part for part in predictor.modules() if isinstance(part, nn.BatchNorm2d)]  # type: ignore[union-attr]
 
 
-def _make_critic(base: BaseModel, config: SODiffConfig, generator: torch.Generator) -> PromptedDiscriminator | None:
+def _make_critic(
+    base: BaseModel, tokens: int, config: SODiffConfig, generator: torch.Generator
+) -> PromptedDiscriminator | None:
     adversarial = config.loss.adversarial
     if adversarial.discriminator == "none":
         return None
@@ -187,7 +194,7 @@ def _make_critic(base: BaseModel, config: SODiffConfig, generator: torch.Generat
     unet = base_models.load_sdxl_unet(adversarial.sdxl) if own else base.unet
     critic = PromptedDiscriminator(
         unet, rank=adversarial.rank, alpha=adversarial.alpha, context_dim=base_models.CONTEXT_DIM,
-        generator=generator, dtype=base_models.DTYPES[config.base.dtype], take=own,
+        tokens=tokens, generator=generator, dtype=base_models.DTYPES[config.base.dtype], take=own,
         gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     check_crop(critic, config.data.crop)

@@ -22,7 +22,7 @@ from training.one_step_configs import BaseConfig, LoRAConfig
 from training.session import Session
 from training.sodiff_configs import PRESETS, PromptedAdversarialConfig, SODiffConfig, SODiffLossConfig
 
-CROP, PATCHES = 64, 4
+CROP, PATCHES, QUALITY = 64, 4, 10
 SAIPE_CONFIG = SAIPEConfig(
     dim=24, down_depths=(1,), up_depths=(1,), heads=2, image_side=64, performer_depth=1, performer_heads=2,
     performer_dim_head=8, features=16,
@@ -36,7 +36,7 @@ class Overfit:
 
     Args:
         file: The exported restorer.
-        degraded: The compressed patches, (4, 3, 64, 64) in [0, 1], half at quality 5 and half at 50.
+        degraded: The compressed patches, (4, 3, 64, 64) in [0, 1].
         clean: What they were before.
         begun: As the task restored them before its training.
         restored: By the task at the end of it.
@@ -65,7 +65,7 @@ def tiny_config(base: Path, folder: Path) -> SODiffConfig:
         loss=SODiffLossConfig(
             perceptual=PerceptualConfig("none"), adversarial=PromptedAdversarialConfig("none", rank=4, alpha=4.0)
         ),
-        validation=ValidationConfig(every=10**9, images=1, crop=CROP, qualities=(10,)),
+        validation=ValidationConfig(every=10**9, images=1, crop=CROP, qualities=(QUALITY,)),
         run=RunConfig(folder / "run", images=2, batch=1),
     )
 
@@ -87,7 +87,7 @@ def overfit(base: Path, folder: Path, *, steps: int = 64, discriminator: str = "
         config,
         data=replace(
             config.data, flips=False, rotations=False,
-            degradation=Degradation(5, 50, quality_choices=(5, 50), choice_probability=1.0),
+            degradation=Degradation(QUALITY, QUALITY),
         ),
         unet_lora=LoRAConfig(rank=32, alpha=32.0),
         gumbel=False,
@@ -96,8 +96,7 @@ def overfit(base: Path, folder: Path, *, steps: int = 64, discriminator: str = "
         critic_optimizer=OptimizerConfig(learning_rate=2e-5, gradient_clip=1.0),
         run=replace(config.run, images=2 * steps, batch=2, precision="no"),
     )  # fmt: skip
-    qualities = [5, 50] * (PATCHES // 2)
-    degraded = torch.stack([tensor(compress(patch, q)) for patch, q in zip(patches, qualities, strict=True)])
+    degraded = torch.stack([tensor(compress(patch, QUALITY)) for patch in patches])
     session = Session("sodiff", config)
     begun = _restored(session, degraded)
     session.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,13 @@ from restoration.diffusion.prediction import Prediction
 from restoration.networks.ncsnpp import NCSNpp, NCSNppConfig
 from restoration.restorer_file import RestorerMetadata, half, read_restorer, write_restorer
 from tools.setup_env import comfyui_dir
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory() -> Iterator[None]:
+    """Trainings in mixed precision leave cycles with whole base models in them."""
+    yield
+    gc.collect()
 
 
 def network_weights(config: NCSNppConfig, seed: int) -> dict[str, torch.Tensor]:

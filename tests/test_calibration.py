@@ -119,3 +119,9 @@ def test_what_is_no_table_is_refused_in_one_sentence(qualities, timesteps, sente
 def test_samples_that_do_not_pair_up_are_refused(qualities, timesteps) -> None:
     with pytest.raises(ValueError, match="two lists of one length"):
         Calibration.fit(qualities, timesteps)
+
+
+def test_qualities_that_single_precision_cannot_tell_apart_are_refused():
+    """Between them the interpolation would divide by zero."""
+    with pytest.raises(ValueError, match="increasing qualities"):
+        Calibration((50.0, 50.0000001, 60.0), (1.0, 2.0, 3.0))

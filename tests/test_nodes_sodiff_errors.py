@@ -12,7 +12,7 @@ from tests.codiff_graphs import RESTORER as CODIFF
 from tests.codiff_graphs import noise, run
 from tests.graphs import RESTORER as DRIFTREC
 from tests.graphs import Graph, photo
-from tests.sodiff_graphs import FIRST_STAGE, FIXED, QUALITY, RESTORER, UNCALIBRATED, alone, loaded
+from tests.sodiff_graphs import FIRST_STAGE, FIXED, QUALITY, RESTORER, UNCALIBRATED, alone, loaded, predicted
 
 pytestmark = pytest.mark.comfyui
 
@@ -86,6 +86,18 @@ def test_the_prompt_refuses_other_families(sodiff, restorer):
 def test_qualities_that_cannot_be_taken(sodiff, restorer, quality, expected):
     """Of a file with one timestep, of one without a calibration, too many, and out of range."""
     assert expected in refused_prediction(sodiff, restorer, quality=quality)
+
+
+def test_a_predictor_that_was_not_taught_the_quality_does_not_tell_one(sodiff):
+    """Its timestep is that of the same weights elsewhere; its quality is -1, and none can be given."""
+    name = changed(sodiff, "untaught.safetensors", tells_quality=False)
+    timestep, quality, text = predicted(sodiff, photo(64, 64), name)
+    assert (timestep, quality) == (predicted(sodiff, photo(64, 64), RESTORER)[0], -1.0)
+    assert "quality" not in text
+    graph = Graph()
+    source, loader = graph.image(photo(64, 64)), loaded(graph, sodiff.base, name)[1]
+    graph.sink([graph.add("QFTimestepPredict", restorer=[loader, 0], image=[source, 0], quality=50.0), 0])
+    assert "trained without telling it. Set quality to -1" in refusal(sodiff, graph, "QFTimestepPredict")
 
 
 def test_images_that_are_none(sodiff):

@@ -193,8 +193,10 @@ def test_the_predictor_computes_in_single_precision_whatever_the_prompt_does(pre
     [
         ("sodiff", {"timestep_predictor": None}),
         ("sodiff", {"timestep_predictor": None, "timestep": float("nan")}),
+        ("sodiff", {"timestep_predictor": None, "timestep": 10**400}),
+        ("sodiff", {"tells_quality": "yes"}),
         ("sodiff", {"timestep_predictor": {"timesteps": 0}}),
-        ("sodiff", {"timestep_predictor": {"timesteps": 500}}),
+        ("sodiff", {"timestep_predictor": {"timesteps": 1001}}),
         ("sodiff", {"timestep_predictor": {"width": 10**9}}),
         ("sodiff", {"calibration": {"qualities": [10.0, 5.0], "timesteps": [1.0, 2.0]}}),
         ("sodiff", {"calibration": {"qualities": ["5"], "timesteps": [1.0]}}),

@@ -21,6 +21,7 @@ from restoration.restorers import build_restorer, load_weights
 from training.degradation import compress
 
 WEIGHTS = ROOT / "weights"
+DOCS = ("driftrec", "codiff", "sodiff", "benchmarks")
 
 
 def load(name: str):
@@ -56,22 +57,30 @@ def test_they_take_blocks_away_from_a_picture_that_they_have_not_seen(quality: i
 
 
 def test_the_quality_of_one_unseen_picture_is_right_within_8() -> None:
-    """Mean over qualities 5 to 95, both decoders (a constant has 25); in half precision within 0.2 of single."""
+    """Mean over qualities 5 to 95, both decoders (a constant has 25)."""
     network = load("starter-quality.safetensors")[1].network
     clean, errors = data.astronaut(), []
-    low = TimestepPredictor(network.config, dtype=torch.float16).eval()
-    low.load_state_dict(network.state_dict())
     for quality in range(5, 100, 10):
         for decoder in ("pillow", "ffmpeg"):
             pixels = torch.from_numpy(compress(clean, quality, decoder=decoder)).permute(2, 0, 1)[None].float() / 255
             with torch.inference_mode():
-                estimated = float(network(pixels)[0])
-                assert float(low(pixels.half())[0]) == pytest.approx(estimated, abs=0.2)
-            errors.append(abs(estimated - quality))
+                errors.append(abs(float(network(pixels)[0]) - quality))
     assert np.mean(errors) <= 8, errors
 
 
-@pytest.mark.parametrize("page", ["README.md", "weights/README.md", "docs/driftrec.md", "docs/benchmarks.md"])
+def test_half_precision_tells_the_same_quality() -> None:
+    """Within 0.2 of single, on a small picture: processors are slow at it."""
+    network = load("starter-quality.safetensors")[1].network
+    low = TimestepPredictor(network.config, dtype=torch.float16).eval()
+    low.load_state_dict(network.state_dict())
+    pixels = torch.from_numpy(compress(data.astronaut()[:128, :128].copy(), 45)).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        assert float(low(pixels.half())[0]) == pytest.approx(float(network(pixels)[0]), abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "weights/README.md", "docs/driftrec.md", "docs/sodiff.md", "docs/benchmarks.md"]
+)
 def test_pages_have_no_gaps_and_their_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     text = path.read_text(encoding="utf-8")

@@ -355,3 +355,16 @@ def test_absurd_configurations_are_refused_before_anything_is_allocated(wrong):
 def test_the_configuration_survives_json():
     assert TimestepPredictorConfig(**json.loads(json.dumps(SMALL.to_dict()))) == SMALL
     assert TimestepPredictorConfig().timesteps == 1000
+
+
+def test_a_network_that_is_large_as_a_whole_is_refused_before_it_is_made():
+    """Each number lies within its own bounds; a file of anybody's could ask for 2.8 GB with them."""
+    with pytest.raises(ValueError, match="at most 50,000,000 weights"):
+        TimestepPredictorConfig(stem=4096, patch=32, width=1024, blocks=16)
+
+
+def test_the_expectation_stays_within_the_timesteps():
+    """Where the last one is all but certain, the sum in single precision would come out above it."""
+    logits = torch.zeros(200, 1000)
+    logits[:, -1] = torch.linspace(5, 60, 200)
+    assert expected_timestep(logits).max() <= 999

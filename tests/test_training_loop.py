@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from shared import ROOT
+from stopping import stop_after
 
 from restoration.pipelines import restore_regression
 from restoration.restorer_file import read_restorer
@@ -79,23 +79,6 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(command: str, 
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-
-
-def stop_after(session: Session, images: int) -> None:
-    """Train, with a SIGTERM sent to this process as soon as so many images are done."""
-    import training.loop
-
-    step = training.loop.Trainer._step
-
-    def counted(self, batches):
-        statistics = step(self, batches)
-        if self.images + self.run_config.batch == images:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return statistics
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.loop.Trainer, "_step", counted)
-        session.train()
 
 
 def test_stopping_exports_the_checkpoints_weights_with_the_last_figures(pictures: Path, tmp_path: Path) -> None:

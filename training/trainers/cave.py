@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoration.networks.cave import STRIDE, CaVE
-from restoration.restorer_file import RestorerFileError, RestorerMetadata
+from restoration.restorer_file import RestorerMetadata
 from training.configs import CaVETrainingConfig
-from training.trainers.task import TaskDefaults
+from training.trainers.task import TaskDefaults, load_whole
 
 _PART = "prompt."
 _WHITENING_EPS = 1e-5
@@ -93,18 +93,9 @@ class CaVETask(TaskDefaults):
             RestorerFileError: It is another network, or a CaVE without its decoder, as CODiff's files hold.
         """
         given = {key.removeprefix(_PART): value for key, value in tensors.items() if key.startswith(_PART)}
-        state = self.model.state_dict()
-        wrong = sorted(
-            key for key in state.keys() | given.keys()
-            if key not in state or key not in given or state[key].shape != given[key].shape
-        )  # fmt: skip
-        if wrong:
-            raise RestorerFileError(
-                f"expected a whole CaVE of widths {self.config.network.widths}, {self.config.network.blocks} blocks "
-                f"each, got one where {wrong[0]} is missing, left over or of another shape. Choose a file of "
-                "`python -m training cave` with the same network."
-            )
-        self.model.load_state_dict(given)
+        network = self.config.network
+        expected = f"a whole CaVE of widths {network.widths}, {network.blocks} blocks each"
+        load_whole(self.model, given, expected, "cave")
 
 
 def whiten(filters: Tensor, pictures: Tensor) -> None:

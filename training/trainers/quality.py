@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoration.networks.timestep_predictor import TimestepPredictor
-from restoration.restorer_file import RestorerFileError, RestorerMetadata
+from restoration.restorer_file import RestorerMetadata
 from training.quality_configs import QualityConfig, ViewConfig
-from training.trainers.task import TaskDefaults
+from training.trainers.task import TaskDefaults, load_whole
 
 _PART = "timestep."
 _GRID = 16
@@ -65,17 +65,7 @@ class QualityTask(TaskDefaults):
         """
         given = {key.removeprefix(_PART): value for key, value in tensors.items() if key.startswith(_PART)}
         given = {key: value for key, value in given.items() if not key.startswith("timestep_head.")}
-        state = self.model.state_dict()
-        wrong = sorted(
-            key for key in state.keys() | given.keys()
-            if key not in state or key not in given or state[key].shape != given[key].shape
-        )  # fmt: skip
-        if wrong:
-            raise RestorerFileError(
-                f"expected a quality predictor of {self.config.network}, got a file where {wrong[0]} is missing, left "
-                "over or of another shape. Choose a file of `python -m training quality` with the same network."
-            )
-        self.model.load_state_dict(given)
+        load_whole(self.model, given, f"a quality predictor of {self.config.network}", "quality")
 
 
 def viewed(images: Tensor, view: ViewConfig, generator: torch.Generator) -> Tensor:

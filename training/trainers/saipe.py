@@ -16,14 +16,14 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from restoration.networks.saipe import SAIPE
-from restoration.restorer_file import RestorerFileError, RestorerMetadata
+from restoration.restorer_file import RestorerMetadata
 from training.captioned_data import Captions, check_crops_fit, find_captions
 from training.captions import CaptionError
 from training.data import PairDataset
 from training.degradation import compress
 from training.saipe_configs import SAIPETrainingConfig
 from training.text_states import TextStates, TextStatesError, cached_text_states
-from training.trainers.task import TaskDefaults
+from training.trainers.task import TaskDefaults, load_whole
 
 _PART = "prompt."
 
@@ -145,17 +145,7 @@ class SAIPETask(TaskDefaults):
             RestorerFileError: It is another network.
         """
         given = {key.removeprefix(_PART): value for key, value in tensors.items() if key.startswith(_PART)}
-        state = self.model.state_dict()
-        wrong = sorted(
-            key for key in state.keys() | given.keys()
-            if key not in state or key not in given or state[key].shape != given[key].shape
-        )  # fmt: skip
-        if wrong:
-            raise RestorerFileError(
-                f"expected a SAIPE of the configuration's shape, got one where {wrong[0]} is missing, left over or of "
-                "another shape. Choose a file of `python -m training saipe` with the same network."
-            )
-        self.model.load_state_dict(given)
+        load_whole(self.model, given, "a SAIPE of the configuration's shape", "saipe")
 
 
 def _captions(config: SAIPETrainingConfig) -> Captions:

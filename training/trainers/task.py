@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from restoration.restorer_file import RestorerMetadata
+from restoration.restorer_file import RestorerFileError, RestorerMetadata
 from training.configs import OptimizerConfig
 from training.data import PairDataset
 
@@ -121,3 +121,28 @@ class TaskDefaults:
 
     def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
         return {}
+
+
+def load_whole(model: nn.Module, tensors: dict[str, Tensor], expected: str, command: str) -> None:
+    """Put weights into a network of the very same shape.
+
+    Args:
+        model: The network.
+        tensors: By their names in it.
+        expected: What it is, for the message.
+        command: The training that writes such files.
+
+    Raises:
+        RestorerFileError: Something is missing, left over or of another shape.
+    """
+    state = model.state_dict()
+    wrong = sorted(
+        key for key in state.keys() | tensors.keys()
+        if key not in state or key not in tensors or state[key].shape != tensors[key].shape
+    )  # fmt: skip
+    if wrong:
+        raise RestorerFileError(
+            f"expected {expected}, got a file where {wrong[0]} is missing, left over or of another shape. Choose one "
+            f"of `python -m training {command}` with the same network."
+        )
+    model.load_state_dict(tensors)

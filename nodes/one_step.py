@@ -26,6 +26,21 @@ _SMALLEST_IMAGE = 32
 _LATENT_PIXEL = 8
 
 
+def exact_tile_input() -> io.Int.Input:
+    """The side of the parts that a network is run in where that changes nothing but memory."""
+    return io.Int.Input(
+        "tile",
+        default=1024,
+        min=0,
+        max=16384,
+        step=64,
+        optional=True,
+        advanced=True,
+        tooltip="Larger images are looked at in parts of this side, in pixels, to save memory; the result "
+        "is the same. 0 takes them whole.",
+    )
+
+
 class CaVEEmbed(io.ComfyNode):
     """CODiff's prompt: what CaVE sees in a compressed image."""
 
@@ -42,17 +57,7 @@ class CaVEEmbed(io.ComfyNode):
             inputs=[
                 RestorerSocket.Input("restorer", tooltip="A restorer of the family codiff, from Load JPEG Restorer."),
                 io.Image.Input("image", tooltip="The compressed images, at the size at which they are encoded."),
-                io.Int.Input(
-                    "tile",
-                    default=1024,
-                    min=0,
-                    max=16384,
-                    step=64,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Larger images are looked at in parts of this side, in pixels, to save memory; the result "
-                    "is the same. 0 takes them whole.",
-                ),
+                exact_tile_input(),
             ],
             outputs=[
                 io.Conditioning.Output(

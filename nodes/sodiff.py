@@ -14,7 +14,7 @@ from ..restoration.calibration import Calibration
 from ..restoration.networks.timestep_predictor import TimestepPredictor
 from ..restoration.pipelines import embed_with_saipe, predict_timesteps
 from .images import join_image, split_image
-from .one_step import TIMESTEP_KEY
+from .one_step import TIMESTEP_KEY, exact_tile_input
 from .runtime import ProgressReport, image_device, prepare_exact, prepare_whole, show_text
 from .types import Restorer, RestorerSocket, errors_of, expect_restorer
 
@@ -93,17 +93,7 @@ class QFTimestepPredict(io.ComfyNode):
                     "connect the quality of Load JPEG, which knows it, or set it lower to restore as if the picture "
                     "were worse. A list gives one for each image.",
                 ),
-                io.Int.Input(
-                    "tile",
-                    default=1024,
-                    min=0,
-                    max=16384,
-                    step=64,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Larger images are looked at in parts of this side, in pixels, to save memory; the result "
-                    "is the same. 0 takes them whole.",
-                ),
+                exact_tile_input(),
             ],
             outputs=[
                 io.Float.Output(

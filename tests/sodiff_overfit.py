@@ -70,7 +70,7 @@ def tiny_config(base: Path, folder: Path) -> SODiffConfig:
     )
 
 
-def overfit(base: Path, folder: Path, *, steps: int = 96, discriminator: str = "sd21") -> Overfit:
+def overfit(base: Path, folder: Path, *, steps: int = 64, discriminator: str = "sd21") -> Overfit:
     """Train on four patches with all of SODiff but the perceptual loss and the noise of the timestep, which
     a base with random weights takes long to bear.
 

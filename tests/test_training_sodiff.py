@@ -416,5 +416,5 @@ def test_four_patches_are_learned_by_heart(base: Path, tmp_path: Path) -> None:
     result = overfit(base, tmp_path, discriminator="none")
     errors = [float(F.mse_loss(pictures, result.clean)) for pictures in (result.begun, result.restored)]
     print(errors, np.array(result.losses).reshape(-1, 8).mean(axis=1))
-    assert errors[1] < 0.6 * errors[0]
+    assert errors[1] < 0.7 * errors[0]
     assert read_restorer(result.file).metadata.config["calibration"]["qualities"] == list(CALIBRATED_QUALITIES)

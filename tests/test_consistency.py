@@ -69,7 +69,7 @@ def test_strips_give_what_the_whole_picture_gives(subsampling: str, monkeypatch:
     clean = photograph(121, 83)
     jpeg = read_jpeg(encode_with_pillow(clean[0], 20, subsampling), name="a.jpg")
     whole = clamp_to_cells(blurred(clean), jpeg)
-    monkeypatch.setattr("restoration.jpeg.consistency._PIXELS_AT_ONCE", 83 * 32)
+    monkeypatch.setattr("restoration.jpeg.cells._PIXELS_AT_ONCE", 83 * 32)
     assert (clamp_to_cells(blurred(clean), jpeg) - whole).abs().max() < 1e-6
 
 

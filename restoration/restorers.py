@@ -13,7 +13,9 @@ from torch import nn
 from .calibration import Calibration
 from .diffusion.one_step import TIMESTEPS
 from .diffusion.prediction import Prediction, RegressionRestorer, ScoreDenoiser
+from .diffusion.prior import DiffusionPrior, NoiseSchedule
 from .diffusion.sde import make_sde
+from .networks.adm_unet import ADMUNet, ADMUNetConfig
 from .networks.cave import CaVEConfig
 from .networks.ncsnpp import NCSNpp, NCSNppConfig
 from .networks.saipe import SAIPE, SAIPEConfig
@@ -24,10 +26,11 @@ from .restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, lo
 _WIDEST = 4096
 _MOST_LEVELS = 10
 _MOST_BLOCKS = 100
+_MOST_CLASSES = 100_000
 _PREDICTOR = "timestep"
 """The part of a file that holds the predictor of quality and timestep."""
 
-Restorer = ScoreDenoiser | RegressionRestorer | CaVEPrompt | SAIPEPrompt | QualityEstimator
+Restorer = ScoreDenoiser | RegressionRestorer | DiffusionPrior | CaVEPrompt | SAIPEPrompt | QualityEstimator
 """Modules with a `network` and a `compute_dtype`."""
 
 
@@ -112,6 +115,22 @@ def _build_ncsnpp(config: dict[str, Any], in_channels: int, factory: dict[str, A
     return NCSNpp(parsed, **factory)
 
 
+def _build_prior(config: dict[str, Any], factory: dict[str, Any]) -> DiffusionPrior:
+    shape = dict(config["network"])
+    architecture = shape.pop("architecture")
+    if architecture not in _PRIOR_NETWORKS:
+        raise ValueError(f"a network {architecture!r}, not one of {', '.join(_PRIOR_NETWORKS)}")
+    network_config, network = _PRIOR_NETWORKS[architecture]
+    parsed = network_config(**shape)
+    widest = parsed.width * max(parsed.channel_multipliers)
+    if widest > _WIDEST or len(parsed.channel_multipliers) > _MOST_LEVELS or parsed.res_blocks > _MOST_BLOCKS:
+        raise ValueError(f"a network of width {widest:g} and {parsed.res_blocks} blocks at each level is no prior")
+    if parsed.in_channels != 3 or parsed.out_channels not in (3, 6) or parsed.classes > _MOST_CLASSES:
+        raise ValueError(f"{parsed.in_channels} channels in and {parsed.out_channels} out, not 3 and 3 or 6")
+    schedule = NoiseSchedule(**config["schedule"])
+    return DiffusionPrior(network(parsed, **factory), schedule, int(config["max_timestep"]), int(config["tile"]))
+
+
 def _build_codiff(config: dict[str, Any], factory: dict[str, Any]) -> CaVEPrompt:
     cave = CaVEConfig(**config["cave"])
     timestep, context_dim = _timestep(config["timestep"]), config["context_dim"]
@@ -173,9 +192,12 @@ class _Family:
     build: Callable[[dict[str, Any], dict[str, Any]], Restorer]
 
 
+_PRIOR_NETWORKS: dict[str, tuple[Any, Any]] = {"adm": (ADMUNetConfig, ADMUNet)}
+
 _FAMILIES = {
     "driftrec": _Family({"network": "score"}, _build_driftrec),
     "regression": _Family({"network": "regression"}, _build_regression),
+    "prior": _Family({"network": "unet"}, _build_prior),
     "codiff": _Family({"network": "prompt", "projection": "projection"}, _build_codiff),
     "sodiff": _Family({"network": "prompt", "predictor": _PREDICTOR}, _build_sodiff),
     "saipe": _Family({"network": "prompt"}, _build_saipe),

@@ -110,9 +110,22 @@ def _quality(config: Any) -> Task:
     return QualityTask(config)
 
 
+def _prior_presets() -> dict[str, Any]:
+    from training.prior_configs import PRESETS
+
+    return PRESETS
+
+
+def _prior(config: Any) -> Task:
+    from training.trainers.prior import PriorTask
+
+    return PriorTask(config)
+
+
 COMMANDS = {
     "driftrec": Command("train a DriftRec score network", _driftrec_presets, _driftrec),
     "regression": Command("train its baseline: the same network, one evaluation", _regression_presets, _regression),
+    "prior": Command("train a prior for DDRM: a network that knows pictures in general", _prior_presets, _prior),
     "cave": Command("train CaVE, CODiff's first stage: the embedder of JPEG artefacts", _cave_presets, _cave),
     "codiff": Command("train CODiff's second stage: a Stable Diffusion 2.1 that CaVE guides", _codiff_presets, _codiff),
     "saipe": Command("train SAIPE, SODiff's first stage: prompts seen in the picture", _saipe_presets, _saipe),

@@ -1,0 +1,61 @@
+"""The prior that DDRM steers: an unconditional network that predicts the noise in photographs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restoration.diffusion.prior import DiffusionPrior
+from restoration.networks.adm_unet import ADMUNet
+from restoration.restorer_file import RestorerMetadata
+from training.prior_configs import PriorConfig
+from training.trainers.task import TaskDefaults, load_whole
+
+
+class PriorTask(TaskDefaults):
+    """The mean squared error of the noise, at timesteps drawn evenly (Ho et al. 2020, Eq. 14)."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        self.config, self.size_multiple = config, config.network.size_multiple
+        network = ADMUNet(config.network)
+        network.initialize(torch.Generator().manual_seed(config.run.seed))
+        tile = 0 if config.any_size else config.data.crop
+        self.model = DiffusionPrior(network, config.schedule, config.max_timestep, tile)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        clean = 2 * batch["clean"] - 1
+        on = generator.device
+        t = torch.randint(self.model.max_timestep + 1, (len(clean),), generator=generator, device=on).cpu()
+        noise = torch.randn(clean.shape, generator=generator, device=on).to(clean)
+        abar = torch.from_numpy(self.model.alphas_cumprod)[t].float().to(clean.device)[:, None, None, None]
+        predicted = model(abar.sqrt() * clean + (1 - abar).sqrt() * noise, t.to(clean.device))
+        return ((predicted - noise) ** 2).mean()
+
+    def restore(self, degraded: Tensor, seed: int) -> Tensor:
+        t = min(60, self.model.max_timestep)
+        abar = self.model.alphas_cumprod[t]
+        noise = torch.randn(degraded.shape, generator=torch.Generator().manual_seed(seed)).to(degraded)
+        x = abar**0.5 * (2 * degraded - 1) + (1 - abar) ** 0.5 * noise
+        return (((x - (1 - abar) ** 0.5 * self.model(x, t)) / abar**0.5 + 1) / 2).clamp(0, 1)
+
+    def metadata(self, training: dict[str, Any], license: str) -> RestorerMetadata:
+        config = {
+            "network": {"architecture": "adm", **self.config.network.to_dict()},
+            "schedule": self.config.schedule.to_dict(),
+            "max_timestep": self.model.max_timestep,
+            "tile": self.model.tile,
+        }
+        return RestorerMetadata("prior", config, training=training, license=license)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"unet.{key}": value for key, value in self.model.network.state_dict().items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take the weights of a prior of the same shape; where it predicts its variance as well, only the noise's."""
+        given = {key.removeprefix("unet."): value for key, value in tensors.items() if key.startswith("unet.")}
+        for key in ("out.2.weight", "out.2.bias"):
+            if key in given and len(given[key]) == 6 and self.config.network.patch_size == 1:
+                given[key] = given[key][:3]
+        load_whole(self.model.network, given, "a prior of guided diffusion's shape", "prior")

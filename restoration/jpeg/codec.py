@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .integer_dct import integer_forward_dct, integer_quantize
 from .sampling import (
     Sampling,
     box_downsample,
@@ -75,17 +76,18 @@ def encode(
 
     `tables` are (luma, chroma) or one per component, each (8, 8) or (B, 8, 8), so that a batch may mix qualities.
     `subsampling` is a name of `SUBSAMPLINGS`, "gray" or a list such as "2x2,2x1,1x2"; a gray image, like "gray", gives
-    one component. `color_space` is "ycbcr", or "rgb" to store RGB planes as they are. With `round_to_8bit` every stage
-    is rounded to 8-bit levels as libjpeg does; without, only the coefficients are rounded. Raises ValueError for
-    another shape, sampling, colour space or number of tables. Source: ITU-T T.81, JFIF 1.02, libjpeg.
+    one component. `color_space` is "ycbcr", or "rgb" to store RGB planes as they are. With `round_to_8bit` the pixels
+    are rounded to 8-bit levels and every stage is libjpeg-turbo's, in whole numbers: the coefficients are the very ones
+    that it writes. Without, only the coefficients are rounded. Raises ValueError for another shape, sampling, colour
+    space or number of tables. Source: ITU-T T.81, JFIF 1.02, libjpeg.
     """
     _check_images(images)
     if color_space not in ("ycbcr", "rgb"):
         raise ValueError(f"color_space expected 'ycbcr' or 'rgb', got {color_space!r}: choose one of these")
     sampling = sampling_factors("gray" if images.shape[1] == 1 else subsampling)
     steps = _per_component(tables, len(sampling), images)
-    blocks = image_to_dct(images, sampling, color_space=color_space, round_to_8bit=round_to_8bit)
-    planes = tuple(quantize(block, table) for block, table in zip(blocks, steps, strict=True))
+    samples = _image_to_samples(images, sampling, color_space, round_to_8bit)
+    planes = tuple(_quantized(plane, table, round_to_8bit) for plane, table in zip(samples, steps, strict=True))
     space = "gray" if len(sampling) == 1 else color_space
     return Coefficients(planes, steps, images.shape[-2], images.shape[-1], sampling, space)
 
@@ -122,19 +124,8 @@ def image_to_dct(
     images: Tensor, sampling: Sampling, *, color_space: str = "ycbcr", round_to_8bit: bool = True
 ) -> tuple[Tensor, ...]:
     """DCT coefficients before quantization, per component (B, Hb, Wb, 8, 8), of images (B, 1 or 3, H, W) in [0, 1]."""
-    levels = images.float() * 255
-    if round_to_8bit:
-        levels = levels.round_().clamp_(0, 255)
-    if len(sampling) == 1:
-        planes = levels if levels.shape[1] == 1 else rgb_to_ycbcr(levels, round_to_8bit=round_to_8bit)[:, :1]
-    else:
-        planes = rgb_to_ycbcr(levels, round_to_8bit=round_to_8bit) if color_space == "ycbcr" else levels
-    tallest = max(v for _, v in sampling)
-    boxes = (
-        box_downsample(plane, ratio, tallest, round_to_8bit=round_to_8bit)
-        for plane, ratio in zip(planes.unbind(1), component_ratios(sampling), strict=True)
-    )
-    return tuple(forward_dct(box - 128) for box in boxes)
+    samples = _image_to_samples(images, sampling, color_space, round_to_8bit)
+    return tuple(forward_dct(plane) for plane in samples)
 
 
 def dct_to_image(blocks: Iterable[Tensor], like: Coefficients, *, round_to_8bit: bool = True) -> Tensor:
@@ -203,6 +194,26 @@ def rgb_to_ycbcr(levels: Tensor, *, round_to_8bit: bool = True) -> Tensor:
 def ycbcr_to_rgb(levels: Tensor, *, round_to_8bit: bool = True) -> Tensor:
     """RGB levels (B, 3, H, W), not clipped, of JFIF YCbCr levels 0..255; `round_to_8bit` as libjpeg rounds."""
     return torch.stack(_to_rgb(levels.unbind(1), round_to_8bit), 1)
+
+
+def _image_to_samples(images: Tensor, sampling: Sampling, color_space: str, round_to_8bit: bool) -> Iterator[Tensor]:
+    """Samples of each component less 128, padded to whole blocks, (B, 8 Hb, 8 Wb)."""
+    levels = images.float() * 255
+    if round_to_8bit:
+        levels = levels.round_().clamp_(0, 255)
+    if len(sampling) == 1:
+        planes = levels if levels.shape[1] == 1 else rgb_to_ycbcr(levels, round_to_8bit=round_to_8bit)[:, :1]
+    else:
+        planes = rgb_to_ycbcr(levels, round_to_8bit=round_to_8bit) if color_space == "ycbcr" else levels
+    tallest = max(v for _, v in sampling)
+    for plane, ratio in zip(planes.unbind(1), component_ratios(sampling), strict=True):
+        yield box_downsample(plane, ratio, tallest, round_to_8bit=round_to_8bit) - 128
+
+
+def _quantized(samples: Tensor, table: Tensor, exact: bool) -> Tensor:
+    if exact:
+        return integer_quantize(integer_forward_dct(samples), table[:, None, None])
+    return quantize(forward_dct(samples), table)
 
 
 def _to_rgb(ycbcr: Sequence[Tensor], round_to_8bit: bool) -> list[Tensor]:

@@ -21,6 +21,9 @@ RestorerSocket = io.Custom("JPEG_RESTORER")
 """A `Restorer`."""
 
 
+_WITHOUT_JPEG = "Disconnect jpeg, or connect the JPEG_DATA of Compress to JPEG with its IMAGE."
+
+
 @dataclass(frozen=True)
 class NoJPEG:
     """In place of `JPEGData`: the picture of the file `name`, of which nothing is known beyond its pixels."""
@@ -56,8 +59,12 @@ def errors_of(node: str) -> Iterator[None]:
         raise ValueError(f"{node}: {error}") from error
 
 
-def expect_jpegs(jpegs: Any) -> list[JPEGData]:
+def expect_jpegs(jpegs: Any, remedy: str = _WITHOUT_JPEG) -> list[JPEGData]:
     """What JPEG_DATA holds.
+
+    Args:
+        jpegs: From the input.
+        remedy: What to do about a picture that is no JPEG.
 
     Raises:
         ValueError: It is no JPEG_DATA, or that of a picture that is no JPEG.
@@ -68,7 +75,7 @@ def expect_jpegs(jpegs: Any) -> list[JPEGData]:
         if isinstance(jpeg, NoJPEG):
             raise ValueError(
                 f"{jpeg.name} is no JPEG, so nothing beyond its pixels is known for certain that the result could be "
-                "held to. Disconnect jpeg, or connect the JPEG_DATA of Compress to JPEG with its IMAGE."
+                f"held to. {remedy}"
             )
     return jpegs
 

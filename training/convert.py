@@ -11,6 +11,7 @@ from torch import Tensor
 
 from restoration.importers.codiff import import_cave, import_codiff
 from restoration.importers.driftrec import import_driftrec
+from restoration.importers.prior import import_prior
 from restoration.restorer_file import RestorerMetadata, half, write_restorer
 
 Imported = tuple[RestorerMetadata, dict[str, Tensor]]
@@ -47,6 +48,8 @@ def run(arguments: list[str]) -> None:
     metadata = replace(metadata, license=options.license)
     write_restorer(output, metadata, half(tensors) if options.half else tensors)
     parameters = sum(tensor.numel() for tensor in tensors.values())
+    for assumption in metadata.training.get("assumed", []):
+        print(f"The checkpoint does not say it; assumed: {assumption}")
     print(f"{output}: {metadata.family}, {parameters:,} parameters, {output.stat().st_size / 1e6:.1f} MB")
 
 
@@ -90,8 +93,27 @@ def _cave(options: argparse.Namespace) -> Imported:
     return import_cave(options.cave)
 
 
+def _prior_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="a file of guided diffusion or of DDPM, or a folder of diffusers"
+    )
+    parser.add_argument("--raw-weights", action="store_true", help="where the file holds moving averages as well")
+    parser.add_argument(
+        "--head-channels", type=int, help="channels of each attention head, for files of guided diffusion (default: 64)"
+    )
+    parser.add_argument("--image-size", type=int, help="side of the images that it was trained on, for single files")
+
+
+def _prior(options: argparse.Namespace) -> Imported:
+    return import_prior(
+        options.checkpoint, use_ema=not options.raw_weights, head_channels=options.head_channels,
+        image_size=options.image_size,
+    )  # fmt: skip
+
+
 IMPORTERS: dict[str, Importer] = {
     "driftrec": Importer("a PyTorch Lightning checkpoint of DriftRec or its baseline", _driftrec_options, _driftrec),
     "codiff": Importer("the two files of CODiff, its adapters and its prompt encoder", _codiff_options, _codiff),
+    "prior": Importer("a diffusion model of pixels, as a prior for DDRM", _prior_options, _prior),
     "cave": Importer("CODiff's prompt encoder alone, with its decoder, to train on", _cave_options, _cave),
 }

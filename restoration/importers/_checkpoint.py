@@ -38,11 +38,23 @@ def read_pickled(
     Raises:
         CheckpointError: There is no file, it is not whole, it holds anything else, or no dictionary of names.
     """
+    checkpoint = unpickled(path, wanted=wanted, error=error)
+    if not isinstance(checkpoint, dict):
+        raise error(f"{Path(path).name}: expected {content}, a dictionary, got {kind(checkpoint)}.")
+    return checkpoint
+
+
+def unpickled(path: str | os.PathLike[str], *, wanted: str, error: type[CheckpointError]) -> Any:
+    """`read_pickled` of a file that may hold a list or a single value as well.
+
+    Raises:
+        CheckpointError: There is no file, it is not whole, or it holds anything but plain values and tensors.
+    """
     name = Path(path).name
     if not Path(path).is_file():
         raise error(f"{name}: there is no such file. Give the path of {wanted}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as reason:
         foreign = re.search(r"GLOBAL (\S+)", str(reason))
         if foreign is None:
@@ -52,9 +64,6 @@ def read_pickled(
             f"could run code (it asks for {foreign[1]}). Save it again with torch.save as dictionaries, lists, numbers "
             "and tensors."
         ) from reason
-    if not isinstance(checkpoint, dict):
-        raise error(f"{name}: expected {content}, a dictionary, got {kind(checkpoint)}.")
-    return checkpoint
 
 
 def differences(found: Iterable[Any], expected: Iterable[str]) -> str:

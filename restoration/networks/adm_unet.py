@@ -256,8 +256,9 @@ class AttentionBlock(nn.Module):
         self.proj_out = make.conv1d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.qkv(self.norm(x).flatten(2))
-        query, key, value = tokens.unflatten(1, (self.heads, 3, -1)).transpose(-2, -1).unbind(2)
+        # Contiguous channels: attention on strided ones stores the matrix of all pairs of pixels.
+        tokens = self.qkv(self.norm(x).flatten(2)).transpose(1, 2).contiguous()
+        query, key, value = tokens.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return x + self.proj_out(mixed.transpose(-2, -1).flatten(1, 2)).view_as(x)
 

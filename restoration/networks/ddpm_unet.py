@@ -93,19 +93,12 @@ class DDPMUNet(nn.Module):
         self.config = config
         make = _Maker(config, operations, dtype, device)
         channels = config.level_channels
-        first = config.width
-        self.temb = nn.ModuleDict(
-            {"dense": nn.ModuleList([make.linear(first, 4 * first), make.linear(4 * first, 4 * first)])}
-        )
-        self.conv_in = make.conv(config.in_channels, first)
-        inputs = (first, *channels[:-1])
-        self.down = nn.ModuleList(_down(level, inputs[level], make) for level in range(len(channels)))
-        self.mid = nn.ModuleDict({
-            "block_1": ResidualBlock(channels[-1], channels[-1], make),
-            "attn_1": AttentionBlock(channels[-1], make),
-            "block_2": ResidualBlock(channels[-1], channels[-1], make),
-        })  # fmt: skip
-        self.up = nn.ModuleList(_up(level, inputs[level], make) for level in range(len(channels)))
+        entering = (config.width, *channels[:-1])
+        self.temb = _TimeEmbedding(config.width, make)
+        self.conv_in = make.conv(config.in_channels, config.width)
+        self.down = nn.ModuleList(_Down(level, inputs, make) for level, inputs in enumerate(entering))
+        self.mid = _Middle(channels[-1], make)
+        self.up = nn.ModuleList(_Up(level, inputs, make) for level, inputs in enumerate(entering))
         self.norm_out = make.norm(channels[0])
         self.conv_out = make.conv(channels[0], config.out_channels)
 
@@ -128,47 +121,29 @@ class DDPMUNet(nn.Module):
         multiple = self.config.size_multiple
         if x.shape[-2] % multiple or x.shape[-1] % multiple:
             raise ValueError(f"DDPM UNet: expected sides that are multiples of {multiple}, got {tuple(x.shape[-2:])}.")
-        first, second = self.temb["dense"]
-        embedding = second(F.silu(first(timestep_embedding(timesteps, self.config.width).to(x.dtype))))
-        h, skips = self._way_down(self.conv_in(x), embedding)
-        h = self.mid["attn_1"](self.mid["block_1"](h, embedding))
-        h = self._way_up(self.mid["block_2"](h, embedding), skips, embedding)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-    def _way_down(self, h: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
-        skips = [h]
+        embedding = self.temb(timesteps, x.dtype)
+        skips = [self.conv_in(x)]
         for level in self.down:
-            for index, block in enumerate(level["block"]):
-                h = block(h, embedding)
-                h = level["attn"][index](h) if level["attn"] else h
-                skips.append(h)
-            if "downsample" in level:
-                h = level["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))
-                skips.append(h)
-        return h, skips
-
-    def _way_up(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+            level(skips, embedding)
+        h = self.mid(skips[-1], embedding)
         for level in reversed(self.up):
-            for index, block in enumerate(level["block"]):
-                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-                h = level["attn"][index](h) if level["attn"] else h
-            if "upsample" in level:
-                h = level["upsample"]["conv"](F.interpolate(h, scale_factor=2, mode="nearest"))
-        return h
+            h = level(h, skips, embedding)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
     def activation_bytes(self, height: int, width: int, dtype: torch.dtype) -> int:
         """About how much memory one evaluation takes besides the weights, for one image of that size.
 
-        What the way down keeps for the way up, and the widest place on it.
+        The widest place is a level's first block on the way up: it holds what comes from below, its concatenation with
+        a skip, that normalised and activated, and the skips that are left. Attention counts as kernels have it that do
+        not store the matrix of all pairs of pixels.
         """
-        channels = self.config.level_channels
-        below = (*channels[1:], 0)
-        kept = sum((self.config.res_blocks + 1) * own / 4**level for level, own in enumerate(channels))
-        working = max(
-            max(6 * own, 3 * own + 4 * wider) / 4**level
-            for level, (own, wider) in enumerate(zip(channels, below, strict=True))
-        )
-        return int((kept + working) * height * width * dtype.itemsize)
+        channels, blocks = self.config.level_channels, self.config.res_blocks
+        peak = kept = 0.0
+        for level, own in enumerate(channels):
+            below = channels[min(level + 1, len(channels) - 1)]
+            peak = max(peak, kept + (3 * (below + own) + below + blocks * own) / 4**level)
+            kept += (blocks + 1) * own / 4**level
+        return int(1.02 * peak * height * width * dtype.itemsize)
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
@@ -229,39 +204,97 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        query, key, value = (layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        query, key, value = (_tokens(layer(normed)) for layer in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(query, key, value)
         return x + self.proj_out(mixed[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-def _down(level: int, inputs: int, make: _Maker) -> nn.ModuleDict:
-    config, channels = make.config, make.config.level_channels[level]
-    blocks = [ResidualBlock(inputs if block == 0 else channels, channels, make) for block in range(config.res_blocks)]
-    stage = nn.ModuleDict({"block": nn.ModuleList(blocks), "attn": _attention(level, config.res_blocks, make)})
-    if level < len(config.level_channels) - 1:
-        stage["downsample"] = nn.ModuleDict({"conv": make.conv(channels, channels, stride=2)})
-    return stage
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 1, H * W, C), contiguous: attention on strided channels stores the matrix of all pairs."""
+    return x.flatten(2).transpose(1, 2).contiguous()[:, None]
 
 
-def _up(level: int, last_skip: int, make: _Maker) -> nn.ModuleDict:
-    """The way up's blocks take a skip each: those of the level's own blocks, then what entered the level."""
-    config, channels = make.config, make.config.level_channels[level]
-    below = config.level_channels[min(level + 1, len(config.level_channels) - 1)]
-    blocks = [
-        ResidualBlock(
-            (below if block == 0 else channels) + (last_skip if block == config.res_blocks else channels),
-            channels,
-            make,
-        )
-        for block in range(config.res_blocks + 1)
-    ]
-    stage = nn.ModuleDict({"block": nn.ModuleList(blocks), "attn": _attention(level, config.res_blocks + 1, make)})
-    if level:
-        stage["upsample"] = nn.ModuleDict({"conv": make.conv(channels, channels)})
-    return stage
+class _TimeEmbedding(nn.Module):
+    def __init__(self, width: int, make: _Maker) -> None:
+        super().__init__()
+        self.width = width
+        self.dense = nn.ModuleList([make.linear(width, 4 * width), make.linear(4 * width, 4 * width)])
+
+    def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.dense[1](F.silu(self.dense[0](timestep_embedding(timesteps, self.width).to(dtype))))
 
 
-def _attention(level: int, count: int, make: _Maker) -> nn.ModuleList:
-    channels = make.config.level_channels[level]
-    present = level in make.config.attention_levels
-    return nn.ModuleList(AttentionBlock(channels, make) for _ in range(count if present else 0))
+class _Level(nn.Module):
+    """Residual blocks, each followed by attention where the level has it."""
+
+    def __init__(self, level: int, inputs: list[int], make: _Maker) -> None:
+        super().__init__()
+        channels, attends = make.config.level_channels[level], level in make.config.attention_levels
+        self.block = nn.ModuleList(ResidualBlock(own, channels, make) for own in inputs)
+        self.attn = nn.ModuleList(AttentionBlock(channels, make) for _ in (inputs if attends else []))
+
+    def step(self, index: int, h: Tensor, embedding: Tensor) -> Tensor:
+        """One block, and its attention."""
+        h = self.block[index](h, embedding)
+        return self.attn[index](h) if len(self.attn) else h
+
+
+class _Down(_Level):
+    """A level of the way down: adds what it makes to the skips."""
+
+    def __init__(self, level: int, inputs: int, make: _Maker) -> None:
+        channels, blocks = make.config.level_channels, make.config.res_blocks
+        super().__init__(level, [inputs, *[channels[level]] * (blocks - 1)], make)
+        self.downsample = _Downsample(channels[level], make) if level < len(channels) - 1 else None
+
+    def forward(self, skips: list[Tensor], embedding: Tensor) -> None:
+        for index in range(len(self.block)):
+            skips.append(self.step(index, skips[-1], embedding))
+        if self.downsample is not None:
+            skips.append(self.downsample(skips[-1]))
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int, make: _Maker) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, make)
+        self.attn_1 = AttentionBlock(channels, make)
+        self.block_2 = ResidualBlock(channels, channels, make)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(h, embedding)), embedding)
+
+
+class _Up(_Level):
+    """A level of the way up: its blocks take the skips of the level's own, the last one what entered the level."""
+
+    def __init__(self, level: int, entering: int, make: _Maker) -> None:
+        channels, blocks = make.config.level_channels, make.config.res_blocks
+        own, below = channels[level], channels[min(level + 1, len(channels) - 1)]
+        super().__init__(level, [below + own, *[2 * own] * (blocks - 1), own + entering], make)
+        self.upsample = _Upsample(own, make) if level else None
+
+    def forward(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+        for index in range(len(self.block)):
+            h = self.step(index, torch.cat([h, skips.pop()], dim=1), embedding)
+        return h if self.upsample is None else self.upsample(h)
+
+
+class _Downsample(nn.Module):
+    """A convolution with stride 2 that is padded at the right and at the bottom only."""
+
+    def __init__(self, channels: int, make: _Maker) -> None:
+        super().__init__()
+        self.conv = make.conv(channels, channels, stride=2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(F.pad(h, (0, 1, 0, 1)))
+
+
+class _Upsample(nn.Module):
+    def __init__(self, channels: int, make: _Maker) -> None:
+        super().__init__()
+        self.conv = make.conv(channels, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(F.interpolate(h, scale_factor=2, mode="nearest"))

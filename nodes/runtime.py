@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -39,6 +40,8 @@ DTYPES = {"default": None, "fp32": torch.float32, "fp16": torch.float16, "bf16":
 _JPEG_GRID = 16
 _SMALLEST_CHOSEN_TILE = 256
 _PROGRESS_UNITS = 1000
+_SHARE_FOR_SAMPLES = 0.8  # of the free memory
+_STATE_COPIES = 10  # float32 pictures that a sampler and its measurement hold for each sample
 _SECONDS_BETWEEN_PREVIEWS = 0.3
 
 # Weak: the outputs of LoadJPEGRestorer own the networks; this only finds one that is still alive.
@@ -142,13 +145,33 @@ def prepare_compute(restorer: Restorer, height: int, width: int, tile: int, over
         overlap: Of neighbouring tiles, pixels.
     """
     config = restorer.module.network.config
-    align = math.lcm(_JPEG_GRID, config.size_multiple)
-    device = restorer.patcher.load_device
-    tile = _fitting_tile(config, restorer.dtype, device, height, width, tile)
-    needed = _tile_bytes(config, restorer.dtype, height, width, tile)
-    mm.load_models_gpu([restorer.patcher], memory_required=needed)
-    tiler = Tiler(tile, overlap, align, is_out_of_memory=_is_out_of_memory, release=mm.soft_empty_cache)
-    return Compute(device, tiler, mm.throw_exception_if_processing_interrupted)
+    compute, _ = _prepare_tiles(
+        restorer, partial(activation_bytes, config, dtype=restorer.dtype), (height, width), tile, overlap
+    )
+    return compute
+
+
+def prepare_prior(
+    restorer: Restorer, height: int, width: int, samples: int, tile: int, overlap: int
+) -> tuple[Compute, int]:
+    """Bring a prior to its device; says how images of that size are run there and how many samples of one at once.
+
+    Args:
+        restorer: Of the family prior.
+        height: Of the images.
+        width: Of the images.
+        samples: That are wanted.
+        tile: Side of the tiles in pixels, 0 for the size that the prior was trained on. Halved when memory runs out.
+        overlap: Of neighbouring tiles, pixels.
+    """
+    prior = restorer.module
+    bytes_of = partial(prior.network.activation_bytes, dtype=restorer.dtype)
+    compute, needed = _prepare_tiles(restorer, bytes_of, (height, width), tile or prior.tile, overlap)
+    if mm.is_device_cpu(compute.device):
+        return compute, 1
+    state = _STATE_COPIES * 3 * torch.float32.itemsize * height * width
+    fitting = int(_SHARE_FOR_SAMPLES * mm.get_free_memory(compute.device)) // (needed + state)
+    return compute, max(1, min(samples, fitting))
 
 
 def prepare_exact(
@@ -235,18 +258,32 @@ def _is_out_of_memory(error: Exception) -> bool:
     return is_out_of_memory_error(error) or mm.is_oom(error)
 
 
-def _tile_bytes(config: NCSNppConfig, dtype: torch.dtype, height: int, width: int, tile: int) -> int:
-    return activation_bytes(config, min(height, tile or height), min(width, tile or width), dtype)
+def _prepare_tiles(
+    restorer: Restorer, bytes_of: Callable[[int, int], int], size: tuple[int, int], tile: int, overlap: int
+) -> tuple[Compute, int]:
+    """Bring a restorer to its device; how images of that (height, width) are run there, and what a tile takes."""
+    align = math.lcm(_JPEG_GRID, restorer.module.network.config.size_multiple)
+    device = restorer.patcher.load_device
+    tile = _fitting_tile(bytes_of, device, size, tile)
+    needed = _tile_bytes(bytes_of, size, tile)
+    mm.load_models_gpu([restorer.patcher], memory_required=needed)
+    tiler = Tiler(tile, overlap, align, is_out_of_memory=_is_out_of_memory, release=mm.soft_empty_cache)
+    return Compute(device, tiler, mm.throw_exception_if_processing_interrupted), needed
+
+
+def _tile_bytes(bytes_of: Callable[[int, int], int], size: tuple[int, int], tile: int) -> int:
+    height, width = (min(side, tile or side) for side in size)
+    return bytes_of(height, width)
 
 
 def _fitting_tile(
-    config: NCSNppConfig, dtype: torch.dtype, device: torch.device, height: int, width: int, tile: int
+    bytes_of: Callable[[int, int], int], device: torch.device, size: tuple[int, int], tile: int
 ) -> int:  # fmt: skip
     if not mm.is_device_cpu(device):
         return tile
     free = mm.get_free_memory(device)
-    while _tile_bytes(config, dtype, height, width, tile) > free:
-        smaller = (tile or max(height, width)) // 2
+    while _tile_bytes(bytes_of, size, tile) > free:
+        smaller = (tile or max(size)) // 2
         if smaller < _SMALLEST_CHOSEN_TILE:
             break
         tile = smaller

@@ -85,9 +85,7 @@ def sample_ddrm(
     eta_b = _weights(eta, eta_b, mode)
     times = ddrm_timesteps(steps, start)
     if times[0] >= len(alphas_cumprod):
-        raise ValueError(
-            f"the prior has {len(alphas_cumprod)} timesteps, so start must not be above that, got {start}."
-        )
+        raise ValueError(f"expected a start of at most {len(alphas_cumprod)}, the prior's timesteps, got {start}.")
     correct = measurement.project if mode == "projection" else measurement.shift
     levels = [*(float(alphas_cumprod[t]) for t in times), 1.0]
     x = sqrt(levels[0]) * observed + sqrt(1 - levels[0]) * noise.normal(observed)

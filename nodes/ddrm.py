@@ -1,0 +1,209 @@
+"""The node that restores with a diffusion prior: DDRM-JPEG."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..restoration.diffusion.prior import DiffusionPrior
+from ..restoration.jpeg import JPEGData
+from ..restoration.prior_pipeline import MEASUREMENTS, DDRMSettings, restore_ddrm
+from .images import join_image
+from .runtime import ProgressReport, image_device, prepare_prior
+from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_jpegs, expect_restorer
+
+_DEFAULTS = DDRMSettings()
+_AUTOMATIC = -1
+_REMEDY = (
+    "If it once was a JPEG, connect Compress to JPEG, which makes one of it, or restore it with a restorer that needs "
+    "pixels only, such as DriftRec."
+)
+
+
+class DDRMJPEGRestore(io.ComfyNode):
+    """Restoration by an unconditional diffusion model that is held to the JPEG file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DDRMJPEGRestore",
+            display_name="Restore JPEG with DDRM",
+            category="image/restoration",
+            description="Restores JPEGs with a diffusion model that has never seen one (DDRM-JPEG): it draws pictures "
+            "that are likely, and is held to the file at each step. Any size; large pictures run in tiles that are "
+            "blended at each step. The same seed gives the same picture.",
+            search_aliases=[
+                *("ddrm", "diffusion prior", "jpeg artifact removal", "deblock", "restore jpeg"),
+                "jpeg restoration",
+            ],
+            inputs=_inputs(),
+            outputs=[
+                io.Image.Output(
+                    "IMAGE",
+                    tooltip="The restored pictures, upright, at the size of the JPEG, in whole 8-bit levels.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        restorer: Restorer,
+        jpeg: list[JPEGData],
+        measurement: str,
+        steps: int,
+        seed: int,
+        samples: int,
+        start: int = _DEFAULTS.start,
+        eta: float = _DEFAULTS.eta,
+        eta_b: float = _AUTOMATIC,
+        consistent: bool = _DEFAULTS.consistent,
+        tile: int = 0,
+        overlap: int = 64,
+        class_label: int = _AUTOMATIC,
+    ) -> io.NodeOutput:
+        with errors_of("DDRMJPEGRestore"):
+            settings = DDRMSettings(
+                steps,
+                start,
+                eta,
+                None if eta_b < 0 else eta_b,
+                measurement,
+                seed,
+                samples,
+                consistent,
+                None if class_label < 0 else class_label,
+            )
+            prior: DiffusionPrior = expect_restorer(restorer, "prior")
+            jpegs = _of_one_size(expect_jpegs(jpeg, _REMEDY))
+            height, width = jpegs[0].upright_height, jpegs[0].upright_width
+            compute, at_once = prepare_prior(restorer, height, width, samples, tile, overlap)
+            restored = restore_ddrm(
+                prior, jpegs, settings, compute=compute, samples_at_once=at_once, on_progress=ProgressReport()
+            )
+        return io.NodeOutput(join_image(restored, None, image_device()))
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        RestorerSocket.Input("restorer", tooltip="A restorer of the family prior, from Load JPEG Restorer."),
+        JPEGDataSocket.Input(
+            "jpeg",
+            tooltip="JPEG_DATA of Load JPEG or Compress to JPEG. It holds the picture itself; no IMAGE is needed.",
+        ),
+        io.Combo.Input(
+            "measurement",
+            options=list(MEASUREMENTS),
+            default=_DEFAULTS.measurement,
+            tooltip="How predictions are held to the file. projection: moved no further than the file demands. shift: "
+            "moved by whole quantisation steps, as in the paper. paper: with the authors' own simulation of JPEG, too; "
+            "only for 4:2:0 squares with sides that are multiples of 16.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=_DEFAULTS.steps,
+            min=1,
+            max=1000,
+            tooltip="Evaluations of the network for each sample. More than 20 change little.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=io.ControlAfterGenerate.fixed,
+            tooltip="Of the noise. The same seed gives the same picture; another one another plausible picture.",
+        ),
+        io.Int.Input(
+            "samples",
+            default=_DEFAULTS.samples,
+            min=1,
+            max=64,
+            tooltip="Restorations that are averaged: 1 keeps the most texture, more come closer to the original on "
+            "average. The time grows with it.",
+        ),
+        io.Int.Input(
+            "start",
+            default=_DEFAULTS.start,
+            min=1,
+            max=1000,
+            optional=True,
+            advanced=True,
+            tooltip="How much noise sampling starts with, a timestep of the prior: more lets it invent more.",
+        ),
+        _weight(
+            "eta",
+            _DEFAULTS.eta,
+            0.0,
+            "Share of fresh noise at each step; below 1 the prediction's own noise is kept in part.",
+        ),
+        _weight(
+            "eta_b",
+            float(_AUTOMATIC),
+            -1.0,
+            "Weight of the file at each step, 0 to 1. -1 takes what suits the measurement: 1 for projection, 0.4 for "
+            "the others.",
+        ),
+        io.Boolean.Input(
+            "consistent",
+            default=_DEFAULTS.consistent,
+            optional=True,
+            advanced=True,
+            tooltip="Bring the final picture into agreement with the file: compressed again it gives the same file, "
+            "at qualities up to about 75 in every coefficient. Not with the measurement paper.",
+        ),
+        io.Int.Input(
+            "tile",
+            default=0,
+            min=0,
+            max=8192,
+            step=16,
+            optional=True,
+            advanced=True,
+            tooltip="Side of the tiles that larger pictures are split into, pixels; 0 takes the size that the prior "
+            "was trained on. It is halved when memory runs out.",
+        ),
+        io.Int.Input(
+            "overlap",
+            default=64,
+            min=0,
+            max=512,
+            step=16,
+            optional=True,
+            advanced=True,
+            tooltip="Pixels that neighbouring tiles share, at most half a tile; they are blended there at each step.",
+        ),
+        io.Int.Input(
+            "class_label",
+            default=_AUTOMATIC,
+            min=-1,
+            max=9999,
+            optional=True,
+            advanced=True,
+            tooltip="What the picture shows, for priors that were trained on classes (ImageNet's 0 to 999); -1 for "
+            "others.",
+        ),
+    ]
+
+
+def _weight(name: str, default: float, lowest: float, tooltip: str) -> io.Input:
+    return io.Float.Input(
+        name,
+        default=default,
+        min=lowest,
+        max=1.0,
+        step=0.05,
+        round=0.001,
+        optional=True,
+        advanced=True,
+        tooltip=tooltip,
+    )
+
+
+def _of_one_size(jpegs: list[JPEGData]) -> list[JPEGData]:
+    sizes = list(dict.fromkeys((jpeg.upright_width, jpeg.upright_height) for jpeg in jpegs))
+    if len(sizes) > 1:
+        found = ", ".join(f"{width}x{height}" for width, height in sizes[:3])
+        raise ValueError(
+            f"expected JPEGs of one size, which one IMAGE can hold, got {found}. Restore them with a node for each."
+        )
+    return jpegs

@@ -115,7 +115,7 @@ def _from_folder(
     if problem := tensor_differences(state, names.expected()):
         raise PriorCheckpointError(
             f"{folder.name}: expected the tensors of the network that its config.json describes, but {problem}. "
-            "Download the folder again."
+            "Download it again."
         )
     return network, schedule or NoiseSchedule(), names.converted(state), {"assumed": [] if schedule else [_LINEAR]}
 

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .color import JPEGMatchColor
 from .compress import JPEGCompress
+from .ddrm import DDRMJPEGRestore
 from .driftrec import DriftRecSample
 from .files import LoadJPEG, LoadJPEGRestorer
 from .one_step import CaVEEmbed, OneStepDenoise
@@ -28,6 +29,7 @@ class JPEGRestorerExtension(ComfyExtension):
             QFTimestepPredict,
             OneStepDenoise,
             DriftRecSample,
+            DDRMJPEGRestore,
             JPEGCompress,
             JPEGMatchColor,
         ]

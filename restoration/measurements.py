@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .diffusion.ddrm import Correction
 from .jpeg.cells import QuantizationCells
-from .jpeg.consistency import JPEGConstraint
 from .jpeg.file import JPEGData
 from .jpeg.sampling import sampling_factors
 from .jpeg.tables import STANDARD_CHROMA, STANDARD_LUMA
@@ -59,6 +58,8 @@ class JPEGMeasurement:
 
     def finish(self, images: Tensor) -> Tensor:
         """8-bit pictures that compress to this file again; see `JPEGConstraint`."""
+        from .jpeg.consistency import JPEGConstraint
+
         return JPEGConstraint(self.jpeg).finish(images)
 
 

@@ -30,6 +30,7 @@ NODES = (
     "QFTimestepPredict",
     "OneStepDenoise",
     "DriftRecSample",
+    "DDRMJPEGRestore",
     "JPEGCompress",
     "JPEGMatchColor",
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from .tiling import crop_to, pad_to_multiple
 
 __all__ = [
     "Compute",
+    "Constraint",
     "DriftRecSettings",
     "Progress",
-    "Projection",
     "embed_with_cave",
     "embed_with_saipe",
     "predict_timesteps",
@@ -31,8 +32,17 @@ __all__ = [
     "to_8bit",
 ]
 
-Projection = Callable[[Tensor], Tensor]
-"""Maps (1, 3, H, W) to the nearest image that is allowed, such as `clamp_to_cells` for one file."""
+
+class Constraint(Protocol):
+    """What is known for certain of an image (1, 3, H, W) in [0, 1], such as `JPEGConstraint` of one file."""
+
+    def project(self, images: Tensor) -> Tensor:
+        """The nearest image that is allowed; inside of a sampler."""
+        ...
+
+    def finish(self, images: Tensor) -> Tensor:
+        """A near image in whole 8-bit levels that is allowed."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class DriftRecSettings:
 
 def restore_driftrec(
     model: ScoreDenoiser, images: Tensor, settings: DriftRecSettings, *, compute: Compute | None = None,
-    projections: list[Projection] | None = None, on_progress: OnProgress | None = None,
+    constraints: Sequence[Constraint] | None = None, on_progress: OnProgress | None = None,
 ) -> Tensor:  # fmt: skip
     """Restore images by sampling from DriftRec.
 
@@ -79,7 +89,7 @@ def restore_driftrec(
         images: Compressed images, (B, 3, H, W) in [0, 1], of any size from 1x1.
         settings: How to sample.
         compute: Where the network runs, and how large images are split.
-        projections: One for each image: applied to every data prediction and to the result.
+        constraints: One for each image: every data prediction is projected, and the result is finished.
         on_progress: Called after each tile and each evaluation; the last fraction is 1.
 
     Returns:
@@ -96,18 +106,17 @@ def restore_driftrec(
     compute = compute or Compute()
     results = []
     for index, image in enumerate(images.float().split(1)):
-        projection = projections[index] if projections else None
-
+        constraint = constraints[index] if constraints else None
         report = part_of(on_progress, index, len(images))
-        restored = _average_of_samples(model, image, settings, compute, projection, report)
+        restored = _average_of_samples(model, image, settings, compute, constraint, report)
         restored = COLOR_CORRECTIONS[settings.color](restored, image)
-        results.append(restored if projection is None else projection(restored.clamp(0, 1)))
+        results.append(_finished(restored, constraint))
     return to_8bit(torch.cat(results))
 
 
 def restore_regression(
     model: RegressionRestorer, images: Tensor, *, compute: Compute | None = None, color: str = "none",
-    projections: list[Projection] | None = None, on_progress: OnProgress | None = None,
+    constraints: Sequence[Constraint] | None = None, on_progress: OnProgress | None = None,
 ) -> Tensor:  # fmt: skip
     """Restore images by one evaluation of a regression network; arguments as for `restore_driftrec`."""
     compute = compute or Compute()
@@ -118,7 +127,7 @@ def restore_regression(
         evaluated = _tiled(model, compute, (padded,), lambda part, report=report: report(part, None))
         restored = crop_to(evaluated, size)
         restored = COLOR_CORRECTIONS[color](restored, image)
-        results.append(projections[index](restored.clamp(0, 1)) if projections else restored)
+        results.append(_finished(restored, constraints[index] if constraints else None))
         report(1.0, results[-1])
     return to_8bit(torch.cat(results))
 
@@ -132,8 +141,12 @@ def to_8bit(images: Tensor) -> Tensor:
     return (finite(images) * 255).round().clamp(0, 255) / 255
 
 
+def _finished(restored: Tensor, constraint: Constraint | None) -> Tensor:
+    return restored if constraint is None else constraint.finish(finite(restored).clamp(0, 1))
+
+
 def _average_of_samples(
-    model: ScoreDenoiser, image: Tensor, settings: DriftRecSettings, compute: Compute, projection: Projection | None,
+    model: ScoreDenoiser, image: Tensor, settings: DriftRecSettings, compute: Compute, constraint: Constraint | None,
     report: Report,
 ) -> Tensor:  # fmt: skip
     padded, size = pad_to_multiple(image, _multiple(model, compute))
@@ -149,11 +162,11 @@ def _average_of_samples(
         return _tiled(evaluate, compute, (x, degraded), lambda part: report_evaluation(finished + part, None))
 
     def project_padded(prediction: Tensor) -> Tensor:
-        assert projection is not None
-        prediction[..., : size[0], : size[1]] = projection(crop_to(prediction, size).clamp(0, 1))
+        assert constraint is not None
+        prediction[..., : size[0], : size[1]] = constraint.project(crop_to(prediction, size).clamp(0, 1))
         return prediction
 
-    denoiser = denoise if projection is None else constrained(denoise, project_padded)
+    denoiser = denoise if constraint is None else constrained(denoise, project_padded)
     total = torch.zeros_like(image)
     for number in range(settings.samples):
 

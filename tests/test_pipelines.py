@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -127,14 +129,31 @@ def test_tiles_share_the_noise_of_the_whole_image(sampler: str) -> None:
     assert (whole - other_seed).abs().max() > 20 / 255
 
 
-def test_projections_apply_to_the_result_of_their_own_image(driftrec, regression) -> None:
+class Between:
+    """A constraint of whose calls the test knows: predictions are clamped, and so is the result, to whole levels."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high, self.projected, self.finished = low, high, 0, 0
+
+    def project(self, images: Tensor) -> Tensor:
+        self.projected += 1
+        return images.clamp(self.low, self.high)
+
+    def finish(self, images: Tensor) -> Tensor:
+        self.finished += 1
+        return to_8bit(images.clamp(self.low, self.high))
+
+
+def test_constraints_hold_every_prediction_and_the_result_of_their_own_image(driftrec, regression) -> None:
     given = images(2, 3, 16, 16)
-    projections = [lambda image: image.clamp(max=0.2), lambda image: image.clamp(min=0.9)]
-    for restored in (
-        restore_driftrec(driftrec, given, DriftRecSettings(steps=2), projections=projections),
-        restore_regression(regression, given, projections=projections),
+    for restore, predictions in (
+        (partial(restore_driftrec, driftrec, given, DriftRecSettings(steps=3, samples=2)), 6),
+        (partial(restore_regression, regression, given), 0),
     ):
+        dark, light = Between(0, 0.2), Between(0.9, 1)
+        restored = restore(constraints=[dark, light])
         assert restored[0].max() <= 0.2 + 1e-6 and restored[1].min() >= 0.9 - 1 / 255
+        assert (dark.projected, dark.finished, light.projected, light.finished) == (predictions, 1, predictions, 1)
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))

@@ -11,8 +11,7 @@ import torch
 from shared import ROOT
 from skimage import data
 
-from restoration.jpeg import encode_with_pillow, read_jpeg_and_pixels
-from restoration.jpeg.consistency import clamp_to_cells
+from restoration.jpeg import JPEGConstraint, encode_with_pillow, read_jpeg_and_pixels
 from restoration.metrics import blockiness, psnr
 from restoration.networks.timestep_predictor import TimestepPredictor
 from restoration.pipelines import DriftRecSettings, restore_driftrec, restore_regression
@@ -45,11 +44,13 @@ def test_each_is_small_and_says_where_it_comes_from(family: str) -> None:
 def test_they_take_blocks_away_from_a_picture_that_they_have_not_seen(quality: int) -> None:
     clean = torch.from_numpy(data.astronaut()[:192, 96:320].copy()).permute(2, 0, 1)[None].float() / 255
     jpeg, pixels = read_jpeg_and_pixels(encode_with_pillow(clean[0], quality), name="sample.jpg")
-    projections = [lambda image: clamp_to_cells(image, jpeg)]
     with torch.inference_mode():
         regression = restore_regression(load("starter-regression.safetensors")[1], pixels[None])
         driftrec = restore_driftrec(
-            load("starter-driftrec.safetensors")[1], pixels[None], DriftRecSettings(), projections=projections
+            load("starter-driftrec.safetensors")[1],
+            pixels[None],
+            DriftRecSettings(),
+            constraints=[JPEGConstraint(jpeg)],
         )
     assert psnr(regression, clean) > psnr(pixels[None], clean) + 0.4
     assert blockiness(regression) < 0.7 * blockiness(pixels[None])

@@ -1,5 +1,6 @@
-"""The JPEG format: quantization tables, a codec in torch, and files."""
+"""The JPEG format: quantization tables, a codec in torch, files, and images held to them."""
 
+from .cells import QuantizationCells
 from .codec import (
     Coefficients,
     dct_to_image,
@@ -13,6 +14,7 @@ from .codec import (
     round_trip,
     ycbcr_to_rgb,
 )
+from .consistency import ConsistencyResult, JPEGConstraint, clamp_to_cells, make_consistent
 from .file import (
     JPEGData,
     apply_orientation,
@@ -33,10 +35,14 @@ __all__ = [
     "STANDARD_LUMA",
     "SUBSAMPLINGS",
     "Coefficients",
+    "ConsistencyResult",
+    "JPEGConstraint",
     "JPEGData",
     "JPEGError",
     "QualityEstimate",
+    "QuantizationCells",
     "apply_orientation",
+    "clamp_to_cells",
     "dct_to_image",
     "decode",
     "decode_pixels",
@@ -47,6 +53,7 @@ __all__ = [
     "image_to_dct",
     "inverse_dct",
     "jpeg_data_from",
+    "make_consistent",
     "quantize",
     "read_jpeg",
     "read_jpeg_and_pixels",

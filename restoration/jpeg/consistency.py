@@ -2,12 +2,151 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .cells import QuantizationCells
-from .file import JPEGData
+from .cells import FLOAT_TOLERANCE, QuantizationCells
+from .closed_loop import MAX_ROUNDS, Check, agreeing_levels, wrong_coefficients
+from .file import JPEGData, apply_orientation
+
+_SPREADS = 4
+
+
+@dataclass(frozen=True)
+class ConsistencyResult:
+    """Images, the fraction 0..1 of the coefficients of their files that agree, and the rounds of the slowest image."""
+
+    images: Tensor
+    fraction: float
+    rounds: int
 
 
 def clamp_to_cells(images: Tensor, jpeg: JPEGData, strength: float = 1.0) -> Tensor:
     """`QuantizationCells(jpeg, images.device).project(images, strength=strength)`, for a single use."""
     return QuantizationCells(jpeg, images.device).project(images, strength=strength)
+
+
+def make_consistent(
+    images: Tensor,
+    jpegs: Sequence[JPEGData],
+    *,
+    strength: float = 1.0,
+    closed_loop: bool = True,
+    max_rounds: int = MAX_ROUNDS,
+    check: Check = lambda done: None,
+    device: torch.device | str | None = None,
+) -> ConsistencyResult:
+    """Images among those that the files could have come from, near the given ones.
+
+    With `closed_loop` the images are whole 8-bit levels, and the fraction that of coefficients which libjpeg-turbo
+    writes just as the file has them, given the file's tables and sampling. Without, the images are continuous, and the
+    fraction that of coefficients which lie inside of their cells, or outside by at most 0.01 levels (clipping to
+    [0, 1] moves some). Of images larger than the file these are their box means, rounded to whole levels.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], upright, of the file's size or larger by a whole factor.
+        jpegs: One for each image, or one for all.
+        strength: 0..1: how far to go from the images, linearly. The fraction is that of what is returned.
+        closed_loop: 8-bit images that agree after rounding.
+        max_rounds: Of the closed loop, for each piece of the picture.
+        check: Called after each round with the part that is done; may raise to interrupt.
+        device: Where it is computed; where the images are by default.
+
+    Returns:
+        Images of the same shape and device, float32, the fraction, and the number of rounds.
+
+    Raises:
+        ValueError: The sizes or the number of files do not fit, or a value is outside of its range.
+    """
+    _check(images, jpegs, strength, max_rounds)
+    results = torch.empty_like(images, dtype=torch.float32)
+    agreed, rounds = 0.0, 0
+    cells = None
+    for index, image in enumerate(images.split(1)):
+        if cells is None or len(jpegs) > 1:
+            cells = QuantizationCells(jpegs[index], device or images.device)
+
+        def on_round(done: float, index: int = index) -> None:
+            check((index + done) / len(images))
+
+        one = _closed(cells, image, strength, max_rounds, on_round) if closed_loop else _open(cells, image, strength)
+        results[index] = one.images[0].to(results)
+        agreed, rounds = agreed + one.fraction / len(images), max(rounds, one.rounds)
+        on_round(1.0)
+    return ConsistencyResult(results, agreed, rounds)
+
+
+class JPEGConstraint:
+    """One file as a constraint of a sampler: `project` inside of its loop, `finish` on its result.
+
+    Args:
+        jpeg: The file.
+        strength: 0..1: how far estimates are moved.
+        closed_loop: Whether the result agrees after rounding, too.
+        check: Called while the result is finished, with the part that is done; may raise to interrupt.
+    """
+
+    def __init__(
+        self, jpeg: JPEGData, strength: float = 1.0, closed_loop: bool = True, check: Check = lambda done: None
+    ) -> None:
+        self.jpeg, self.strength, self.closed_loop, self.check = jpeg, strength, closed_loop, check
+        self._cells: QuantizationCells | None = None
+
+    def project(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), upright, moved into the cells; continuous, of the same type, clipped to [0, 1]."""
+        if self._cells is None or self._cells.device != images.device:
+            self._cells = QuantizationCells(self.jpeg, images.device)
+        return self._cells.project(images, strength=self.strength)
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], float32 in whole 8-bit levels, held to the file as `make_consistent` does."""
+        strength, closed_loop = self.strength, self.closed_loop
+        result = make_consistent(
+            images, [self.jpeg], strength=strength, closed_loop=closed_loop, check=self.check
+        ).images
+        return result if closed_loop else (result * 255).round_().div_(255)
+
+
+def _open(cells: QuantizationCells, image: Tensor, strength: float) -> ConsistencyResult:
+    projected = cells.project(image.to(cells.device, torch.float32), strength=strength)
+    return ConsistencyResult(projected, cells.agreement(projected, tolerance=FLOAT_TOLERANCE), 0)
+
+
+def _closed(
+    cells: QuantizationCells, image: Tensor, strength: float, max_rounds: int, check: Check
+) -> ConsistencyResult:
+    stored, scale = cells.stored(image.to(cells.device))
+    given = stored.float() * 255
+    means = F.avg_pool2d(given, scale) if scale > 1 else given
+    levels, rounds = agreeing_levels(cells, means, max_rounds, check)
+    if scale > 1:
+        levels = _enlarged(given, levels, scale)
+    if strength < 1:
+        levels = torch.lerp(given, levels, strength).round_().clamp_(0, 255)
+    means = F.avg_pool2d(levels, scale).round_() if scale > 1 else levels
+    wrong, total = wrong_coefficients(cells, means)
+    upright = apply_orientation(levels / 255, cells.jpeg.orientation)
+    return ConsistencyResult(upright, 1 - wrong / total, rounds)
+
+
+def _enlarged(given: Tensor, means: Tensor, scale: int) -> Tensor:
+    """Whole levels near the given ones whose box means are those, as far as the range of levels lets them."""
+    levels = given
+    for _ in range(_SPREADS):
+        change = means - F.avg_pool2d(levels, scale)
+        levels = (levels + change.repeat_interleave(scale, -2).repeat_interleave(scale, -1)).clamp_(0, 255)
+    return levels.round_()
+
+
+def _check(images: Tensor, jpegs: Sequence[JPEGData], strength: float, max_rounds: int) -> None:
+    if len(jpegs) not in (1, len(images)):
+        raise ValueError(
+            f"expected one JPEG for each of the {len(images)} images, or one for all, got {len(jpegs)}. Connect the "
+            "JPEG_DATA that belongs to these images."
+        )
+    if not 0 <= strength <= 1 or max_rounds < 1:
+        raise ValueError(f"expected a strength of 0 to 1 and at least 1 round, got {strength} and {max_rounds}.")

@@ -1,0 +1,182 @@
+"""8-bit images that a JPEG encoder, given the file's own tables and sampling, turns into the file's own coefficients.
+
+The picture falls into pieces that no coefficient reaches across. Those that do not agree after rounding are clamped
+into their cells, with a margin, rounded and really encoded again; what the rounding did is fed back into the next
+round, and the margin grows where a coefficient still left its cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cells import QuantizationCells
+from .layout import Layout
+
+MAX_ROUNDS = 12
+
+_PIXELS_AT_ONCE = 1_000_000
+_CLAMPS_PER_ROUND = 3  # the range of pixels and pieces that are filled in part make one clamp inexact
+_FIRST_MARGIN, _LARGEST_MARGIN = 1.0, 0.35  # in levels, as is the noise of rounding (0.35); in steps of the table
+
+Check = Callable[[float], None]
+"""Called after each round with the part that is done, 0..1; may raise to interrupt."""
+
+
+@dataclass
+class _Pieces:
+    """Pieces (N, 3, h, w) in levels, their rounded form, coefficients to reach, margins, and places among all."""
+
+    levels: Tensor
+    rounded: Tensor
+    planes: list[Tensor]
+    margins: list[Tensor]
+    places: Tensor
+
+    def keep(self, chosen: Tensor) -> None:
+        self.levels, self.rounded, self.places = self.levels[chosen], self.rounded[chosen], self.places[chosen]
+        self.planes = [planes[chosen] for planes in self.planes]
+        self.margins = [margins[chosen] for margins in self.margins]
+
+
+def agreeing_levels(
+    cells: QuantizationCells, levels: Tensor, max_rounds: int = MAX_ROUNDS, check: Check = lambda done: None
+) -> tuple[Tensor, int]:
+    """Whole levels near `levels` that agree with the file as far as `max_rounds` rounds get.
+
+    Args:
+        cells: Of the file.
+        levels: (1, 3, H, W) in 0..255 on the device of the cells, as stored and of the size of the file.
+        max_rounds: At most; of each piece the round with the fewest wrong coefficients is kept.
+        check: Called after each round.
+
+    Returns:
+        Levels of the same shape, and the number of rounds that were needed: 0 where rounding alone agrees.
+    """
+    result = torch.empty_like(levels)
+    parts = list(_parts(cells))
+    rounds = 0
+    for index, (rows, columns, size) in enumerate(parts):
+
+        def on_round(done: float, index: int = index) -> None:
+            check((index + done) / len(parts))
+
+        pieces = _cut(levels[..., rows, columns], *size)
+        planes = _planes_of(cells, rows, columns, size)
+        found, taken = _search(cells.layout, cells.steps, pieces, planes, max_rounds, on_round)
+        rounds = max(rounds, taken)
+        result[..., rows, columns] = _joined(found, result[..., rows, columns].shape)
+        on_round(1.0)
+    return result, rounds
+
+
+def wrong_coefficients(cells: QuantizationCells, levels: Tensor) -> tuple[int, int]:
+    """The coefficients that libjpeg-turbo writes of whole levels (1, 3, H, W) unlike the file, and all of them."""
+    wrong = total = 0
+    for rows in cells.strips(levels, 1):
+        found = cells.layout.encode(levels[..., rows, :], cells.steps)
+        for ours, theirs in zip(found, cells.planes_of(rows), strict=True):
+            wrong, total = wrong + int((ours != theirs).sum()), total + theirs.numel()
+    return wrong, total
+
+
+def _search(
+    layout: Layout, steps: list[Tensor], levels: Tensor, planes: list[Tensor], max_rounds: int, check: Check
+) -> tuple[Tensor, int]:
+    best = levels.round().clamp_(0, 255)
+    fewest = _count(_wrong(layout, steps, best, planes))
+    margins = [
+        torch.clamp(step * _LARGEST_MARGIN, max=_FIRST_MARGIN).expand_as(q)
+        for step, q in zip(steps, planes, strict=True)
+    ]
+    active = _Pieces(levels, best, planes, margins, torch.arange(len(levels), device=levels.device))
+    active.keep(fewest > 0)
+    for number in range(max_rounds):
+        if not len(active.places):
+            return best, number
+        wrong = _round(layout, steps, active)
+        counts = _count(wrong)
+        better = counts < fewest[active.places]
+        best[active.places[better]] = active.rounded[better]
+        fewest[active.places[better]] = counts[better]
+        active.margins = [_grown(*each) for each in zip(active.margins, wrong, steps, strict=True)]
+        active.keep(counts > 0)
+        check((number + 1) / max_rounds)
+    return best, max_rounds
+
+
+def _round(layout: Layout, steps: list[Tensor], pieces: _Pieces) -> list[Tensor]:
+    """Move pieces into their cells less the margins, round them, and say which coefficients are wrong now."""
+    height, width = pieces.levels.shape[-2:]
+    found = layout.coefficients(pieces.rounded, rounded=True)  # as far as rounding moved them they are moved back
+    for number in range(_CLAMPS_PER_ROUND):
+        if number:
+            found = layout.coefficients(pieces.levels)
+        changes = []
+        for c, q, step, margin in zip(found, pieces.planes, steps, pieces.margins, strict=True):
+            offset, half = c - q * step, step / 2 - margin
+            changes.append(torch.clamp(offset, -half, half).sub_(offset))
+        pieces.levels = (pieces.levels + layout.spread(changes, height, width)).clamp_(0, 255)
+    pieces.rounded = pieces.levels.round()
+    return _wrong(layout, steps, pieces.rounded, pieces.planes)
+
+
+def _wrong(layout: Layout, steps: list[Tensor], levels: Tensor, planes: list[Tensor]) -> list[Tensor]:
+    return [ours != theirs for ours, theirs in zip(layout.encode(levels, steps), planes, strict=True)]
+
+
+def _count(wrong: list[Tensor]) -> Tensor:
+    counts = [each.flatten(1).sum(1) for each in wrong]
+    return torch.stack(counts).sum(0)
+
+
+def _grown(margin: Tensor, wrong: Tensor, step: Tensor) -> Tensor:
+    larger = torch.minimum(torch.maximum(1.6 * margin, margin + 0.5), step * _LARGEST_MARGIN)
+    return torch.where(wrong, larger, margin)
+
+
+def _parts(cells: QuantizationCells) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
+    """Rows, columns, and (height, width) of the equal pieces that they consist of: whole units, then the edges."""
+    unit_height, unit_width = cells.layout.unit
+    for columns, width in _spans(cells.jpeg.width, unit_width):
+        for rows, height in _spans(cells.jpeg.height, unit_height):
+            at_once = max(1, _PIXELS_AT_ONCE // ((columns.stop - columns.start) * height)) * height
+            for top in range(rows.start, rows.stop, at_once):
+                yield slice(top, min(top + at_once, rows.stop)), columns, (height, width)
+
+
+def _spans(length: int, unit: int) -> Iterator[tuple[slice, int]]:
+    whole = length // unit * unit
+    if whole:
+        yield slice(0, whole), unit
+    if length > whole:
+        yield slice(whole, length), length - whole
+
+
+def _cut(picture: Tensor, height: int, width: int) -> Tensor:
+    """(1, 3, H, W) -> (N, 3, height, width), row by row of pieces."""
+    channels, rows, columns = picture.shape[1], picture.shape[-2] // height, picture.shape[-1] // width
+    pieces = picture.reshape(channels, rows, height, columns, width).permute(1, 3, 0, 2, 4)
+    return pieces.reshape(rows * columns, channels, height, width)
+
+
+def _joined(pieces: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_cut`."""
+    channels, height, width = pieces.shape[1:]
+    grid = pieces.view(shape[-2] // height, shape[-1] // width, channels, height, width)
+    return grid.permute(2, 0, 3, 1, 4).reshape(shape)
+
+
+def _planes_of(cells: QuantizationCells, rows: slice, columns: slice, size: tuple[int, int]) -> list[Tensor]:
+    """The file's coefficients of pieces, (N, C, hb, wb, 8, 8)."""
+    cut = []
+    for group, planes in zip(cells.layout.groups, cells.planes_of(rows), strict=True):
+        across, down = 8 * group.ratio[0], 8 * group.ratio[1]
+        planes = planes[0, :, :, columns.start // across : -(-columns.stop // across)]
+        height, width = -(-size[0] // down), -(-size[1] // across)
+        pieces = planes.unflatten(2, (-1, width)).unflatten(1, (-1, height)).permute(1, 3, 0, 2, 4, 5, 6)
+        cut.append(pieces.flatten(0, 1))
+    return cut

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,9 +10,8 @@ from torch import Tensor
 from ..restoration.color import COLOR_CORRECTIONS
 from ..restoration.diffusion.prediction import RegressionRestorer
 from ..restoration.diffusion.samplers import SAMPLERS
-from ..restoration.jpeg import JPEGData
-from ..restoration.jpeg.consistency import clamp_to_cells
-from ..restoration.pipelines import Compute, DriftRecSettings, Projection, restore_driftrec, restore_regression
+from ..restoration.jpeg import JPEGConstraint, JPEGData
+from ..restoration.pipelines import Compute, DriftRecSettings, restore_driftrec, restore_regression
 from .images import join_image, split_image
 from .runtime import ProgressReport, image_device, prepare_compute
 from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_jpegs, expect_restorer
@@ -57,14 +55,21 @@ class DriftRecSample(io.ComfyNode):
         tolerance: float = _DEFAULTS.tolerance,
         tile: int = 1024,
         overlap: int = 64,
+        consistency: float = 1.0,
+        closed_loop: bool = True,
     ) -> io.NodeOutput:
         with errors_of("DriftRecSample"):
             settings = DriftRecSettings(sampler, steps, tolerance, t_eps, seed, samples, color)
             expect_restorer(restorer, "driftrec", "regression")
             pictures, alpha = split_image(image)
-            projections = None if jpeg is None else _projections(jpeg, pictures)
+            jpegs = [] if jpeg is None else _one_each(jpeg, pictures)
             compute = prepare_compute(restorer, pictures.shape[-2], pictures.shape[-1], tile, overlap)
-            restored = _restore(restorer, pictures, settings, compute, projections)
+            constraints = [
+                JPEGConstraint(one, consistency, closed_loop, check=lambda done: compute.check())
+                for one in jpegs
+                if consistency > 0
+            ]
+            restored = _restore(restorer, pictures, settings, compute, constraints)
         return io.NodeOutput(join_image(restored, alpha, image_device()))
 
 
@@ -117,7 +122,8 @@ def _inputs() -> list[io.Input]:
         JPEGDataSocket.Input(
             "jpeg",
             optional=True,
-            tooltip="Connect JPEG_DATA of the same picture to keep the result inside what the file allows.",
+            tooltip="Connect JPEG_DATA of the same picture, and the result is one that the file could have come from. "
+            "consistency and closed_loop say how strictly.",
         ),
         io.Float.Input(
             "t_eps",
@@ -163,11 +169,31 @@ def _inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Pixels that neighbouring tiles share, at most half a tile; they are blended there.",
         ),
+        io.Float.Input(
+            "consistency",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            round=0.001,
+            optional=True,
+            advanced=True,
+            tooltip="With jpeg connected: how far each prediction and the result are moved into what the file allows. "
+            "1 all the way, 0 not at all.",
+        ),
+        io.Boolean.Input(
+            "closed_loop",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="With jpeg connected: encode the rounded result again and mend it until it gives the file's own "
+            "coefficients. Off, rounding to 8 bits moves some of them out again.",
+        ),
     ]
 
 
-def _projections(jpegs: Any, pictures: Tensor) -> list[Projection]:
-    """One clamp for each picture; one JPEG serves a whole batch."""
+def _one_each(jpegs: Any, pictures: Tensor) -> list[JPEGData]:
+    """The JPEG of each picture; one serves a whole batch."""
     jpegs = expect_jpegs(jpegs)
     if len(jpegs) not in (1, len(pictures)):
         raise ValueError(
@@ -176,8 +202,7 @@ def _projections(jpegs: Any, pictures: Tensor) -> list[Projection]:
         )
     for jpeg in jpegs:
         _check_size(jpeg, pictures.shape[-2], pictures.shape[-1])
-    per_picture = jpegs * len(pictures) if len(jpegs) == 1 else jpegs
-    return [partial(clamp_to_cells, jpeg=jpeg) for jpeg in per_picture]
+    return jpegs * len(pictures) if len(jpegs) == 1 else jpegs
 
 
 def _check_size(jpeg: JPEGData, height: int, width: int) -> None:
@@ -194,7 +219,7 @@ def _restore(
     pictures: Tensor,
     settings: DriftRecSettings,
     compute: Compute,
-    projections: list[Projection] | None,
+    constraints: list[JPEGConstraint],
 ) -> Tensor:
     report = ProgressReport()
     if isinstance(restorer.module, RegressionRestorer):
@@ -203,9 +228,9 @@ def _restore(
             pictures,
             compute=compute,
             color=settings.color,
-            projections=projections,
+            constraints=constraints,
             on_progress=report,
         )
     return restore_driftrec(
-        restorer.module, pictures, settings, compute=compute, projections=projections, on_progress=report
+        restorer.module, pictures, settings, compute=compute, constraints=constraints, on_progress=report
     )

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .color import JPEGMatchColor
 from .compress import JPEGCompress
+from .consistency import JPEGConsistency
 from .ddrm import DDRMJPEGRestore
 from .driftrec import DriftRecSample
 from .files import LoadJPEG, LoadJPEGRestorer
@@ -30,6 +31,7 @@ class JPEGRestorerExtension(ComfyExtension):
             OneStepDenoise,
             DriftRecSample,
             DDRMJPEGRestore,
+            JPEGConsistency,
             JPEGCompress,
             JPEGMatchColor,
         ]

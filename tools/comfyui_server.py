@@ -31,6 +31,7 @@ NODES = (
     "OneStepDenoise",
     "DriftRecSample",
     "DDRMJPEGRestore",
+    "JPEGConsistency",
     "JPEGCompress",
     "JPEGMatchColor",
 )

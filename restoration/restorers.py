@@ -17,6 +17,7 @@ from .diffusion.prior import DiffusionPrior, NoiseSchedule
 from .diffusion.sde import make_sde
 from .networks.adm_unet import ADMUNet, ADMUNetConfig
 from .networks.cave import CaVEConfig
+from .networks.ddpm_unet import DDPMUNet, DDPMUNetConfig
 from .networks.ncsnpp import NCSNpp, NCSNppConfig
 from .networks.saipe import SAIPE, SAIPEConfig
 from .networks.timestep_predictor import TimestepPredictor, TimestepPredictorConfig
@@ -48,17 +49,12 @@ def build_restorer(
         device: Where they are made.
 
     Raises:
-        RestorerFileError: The family is not one that this version runs, or its configuration is not valid.
+        RestorerFileError: The family restores nothing, or its configuration is not valid.
     """
     if metadata.family == "cave":
         raise RestorerFileError(
             f"{name}: the first stage of CODiff's training alone, which restores nothing. Train the second on it: "
             f"python -m training codiff --cave {name}."
-        )
-    if metadata.family not in _FAMILIES:
-        raise RestorerFileError(
-            f"{name}: restorers of the family {metadata.family!r} cannot be run by this version of the pack, which "
-            f"runs {', '.join(_FAMILIES)}. Update the pack, or choose another file."
         )
     try:
         return _FAMILIES[metadata.family].build(
@@ -192,7 +188,10 @@ class _Family:
     build: Callable[[dict[str, Any], dict[str, Any]], Restorer]
 
 
-_PRIOR_NETWORKS: dict[str, tuple[Any, Any]] = {"adm": (ADMUNetConfig, ADMUNet)}
+_PRIOR_NETWORKS: dict[str, tuple[Any, Any]] = {
+    "adm": (ADMUNetConfig, ADMUNet),
+    "ddpm": (DDPMUNetConfig, DDPMUNet),
+}
 
 _FAMILIES = {
     "driftrec": _Family({"network": "score"}, _build_driftrec),

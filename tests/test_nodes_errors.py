@@ -151,7 +151,7 @@ def _description(path: Path) -> str:
     ("changes", "said"),
     [
         ({"family": "sorcery"}, "unknown family"),
-        ({"family": "prior"}, "cannot be run by this version"),
+        ({"family": "prior"}, "configuration is not valid"),
         ({"version": 99}, "newer version"),
         ({"config": {}}, "configuration is not valid"),
         ({"config": {"network": {"width": "wide"}}}, "configuration is not valid"),

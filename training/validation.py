@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restoration import metrics
+from restoration.jpeg import read_jpeg_and_pixels
 from restoration.lpips import load_lpips_squeeze
 from training.configs import ValidationConfig
 from training.data import DECODE_ERRORS, load_image
-from training.degradation import compress
+from training.degradation import encode
 from training.trainers.task import Task
 
 HELD_OUT_EVERY = 25
@@ -81,8 +82,9 @@ class Validation:
         for quality in self.config.qualities:
             for number, picture in enumerate(self.pictures):
                 clean = _tensor(picture).to(device)
-                degraded = _tensor(compress(picture, quality)).to(device)
-                restored = task.restore(degraded, seed=number)
+                jpeg, pixels = read_jpeg_and_pixels(encode(picture, quality), name=f"picture {number + 1}")
+                degraded = pixels[None].to(device)
+                restored = task.restore_file(degraded, jpeg, seed=number)
                 measured = {
                     **self._measured(restored, clean, ""),
                     **self._measured(degraded, clean, "jpeg_"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from restoration.compute import Compute
 from restoration.diffusion.prior import DiffusionPrior
+from restoration.jpeg import JPEGData
 from restoration.networks.adm_unet import ADMUNet
+from restoration.prior_pipeline import DDRMSettings, restore_ddrm
 from restoration.restorer_file import RestorerMetadata
+from restoration.tiling import Tiler
 from training.prior_configs import PriorConfig
 from training.trainers.task import TaskDefaults, load_whole
 
@@ -33,12 +38,12 @@ class PriorTask(TaskDefaults):
         predicted = model(abar.sqrt() * clean + (1 - abar).sqrt() * noise, t.to(clean.device))
         return ((predicted - noise) ** 2).mean()
 
-    def restore(self, degraded: Tensor, seed: int) -> Tensor:
-        t = min(60, self.model.max_timestep)
-        abar = self.model.alphas_cumprod[t]
-        noise = torch.randn(degraded.shape, generator=torch.Generator().manual_seed(seed)).to(degraded)
-        x = abar**0.5 * (2 * degraded - 1) + (1 - abar) ** 0.5 * noise
-        return (((x - (1 - abar) ** 0.5 * self.model(x, t)) / abar**0.5 + 1) / 2).clamp(0, 1)
+    def restore_file(self, degraded: Tensor, jpeg: JPEGData, seed: int) -> Tensor:
+        """One sample by DDRM, as far up in noise as the prior goes; the node averages several."""
+        settings = DDRMSettings(seed=seed, samples=1, start=min(DDRMSettings.start, self.model.max_timestep))
+        compute = Compute(degraded.device, Tiler(self.model.tile, align=math.lcm(16, self.size_multiple)))
+        with torch.no_grad():
+            return restore_ddrm(self.model, [jpeg], settings, compute=compute).to(degraded.device)
 
     def metadata(self, training: dict[str, Any], license: str) -> RestorerMetadata:
         config = {

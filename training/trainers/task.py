@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from restoration.jpeg import JPEGData
 from restoration.restorer_file import RestorerFileError, RestorerMetadata
 from training.configs import OptimizerConfig
 from training.data import PairDataset
@@ -81,6 +82,10 @@ class Task(Protocol):
         """Restore (B, 3, H, W) as the nodes would by default."""
         ...
 
+    def restore_file(self, degraded: Tensor, jpeg: JPEGData, seed: int) -> Tensor:
+        """`restore` of one picture (1, 3, H, W) whose file is known; what the validation calls."""
+        ...
+
     def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
         """Further figures for the validation: of images (B, 3, H, W) and their JPEG quality (B,)."""
         ...
@@ -118,6 +123,13 @@ class TaskDefaults:
 
     def take_validation(self, pictures: list[np.ndarray]) -> None:
         """The export measures nothing."""
+
+    def restore(self, degraded: Tensor, seed: int) -> Tensor:
+        raise NotImplementedError("this task restores from the file")
+
+    def restore_file(self, degraded: Tensor, jpeg: JPEGData, seed: int) -> Tensor:
+        """The pixels are all that is looked at."""
+        return self.restore(degraded, seed)
 
     def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
         return {}

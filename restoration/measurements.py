@@ -6,6 +6,7 @@ Images are (B, 3, H, W) in [0, 1]; those that come from the prior are not clippe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .diffusion.ddrm import Correction
 from .jpeg.cells import QuantizationCells
+from .jpeg.consistency import JPEGConstraint
 from .jpeg.file import JPEGData
 from .jpeg.sampling import sampling_factors
 from .jpeg.tables import STANDARD_CHROMA, STANDARD_LUMA
@@ -42,10 +44,13 @@ class JPEGMeasurement:
     Args:
         jpeg: The file.
         device: Of the images.
+        check: Called while the result is finished, with the part that is done; may raise to interrupt.
     """
 
-    def __init__(self, jpeg: JPEGData, device: torch.device | str = "cpu") -> None:
-        self.jpeg, self.cells = jpeg, QuantizationCells(jpeg, device)
+    def __init__(
+        self, jpeg: JPEGData, device: torch.device | str = "cpu", check: Callable[[float], None] = lambda done: None
+    ) -> None:
+        self.constraint, self.cells = JPEGConstraint(jpeg, check=check), QuantizationCells(jpeg, device)
         self.observed = self.cells.decoded()
 
     def shift(self, images: Tensor) -> Tensor:
@@ -57,10 +62,8 @@ class JPEGMeasurement:
         return self.cells.project(images)
 
     def finish(self, images: Tensor) -> Tensor:
-        """8-bit pictures that compress to this file again; see `JPEGConstraint`."""
-        from .jpeg.consistency import JPEGConstraint
-
-        return JPEGConstraint(self.jpeg).finish(images)
+        """Whole 8-bit levels that compress to this file again, as far as `make_consistent` gets."""
+        return self.constraint.finish(images)
 
 
 class PaperJPEGMeasurement:

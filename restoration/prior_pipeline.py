@@ -214,7 +214,7 @@ class _Picture:
             return self.source
         if self.settings.measurement == "paper":
             return PaperJPEGMeasurement.of_file(self.source, device)
-        return JPEGMeasurement(self.source, device)
+        return JPEGMeasurement(self.source, device, lambda done: self.compute.check())
 
 
 @dataclass(frozen=True)

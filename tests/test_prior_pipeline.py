@@ -369,7 +369,9 @@ def test_every_odd_file_is_restored_or_refused_in_words():
             continue  # nothing odd about being large; tiles are tested above
         found = restore_ddrm(prior(), [file], DDRMSettings(steps=1, samples=1))
         assert found.shape[-2:] == (file.upright_height, file.upright_width) and found.isfinite().all(), path.name
-        assert QuantizationCells(file).agreement(found, tolerance=1.0) > 0.9, path.name
+        cells = QuantizationCells(file)  # damaged files hold coefficients far beyond any picture's
+        reachable = min(cells.agreement(cells.decoded(), tolerance=1.0), 0.98)
+        assert cells.agreement(found, tolerance=1.0) > reachable - 0.01, path.name
         restored += 1
     assert restored >= 40 and refused >= 25
 

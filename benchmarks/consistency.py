@@ -102,7 +102,7 @@ def _restorer(path: Path, device: str) -> Restore:
     if isinstance(model, ScoreDenoiser):
         return lambda jpeg, pixels: restore_driftrec(model, pixels, DriftRecSettings(), compute=compute)
     assert isinstance(model, DiffusionPrior)
-    return lambda jpeg, pixels: restore_ddrm(model, [jpeg], DDRMSettings(consistent=False), compute=compute)
+    return lambda jpeg, pixels: restore_ddrm(model, [jpeg], DDRMSettings(consistency=0.0), compute=compute)
 
 
 def _measured(picture: Tensor, quality: int, subsampling: str, restore: Restore, device: str) -> dict[str, float]:

@@ -112,7 +112,7 @@ def _settings(options: argparse.Namespace) -> Iterator[DDRMSettings]:
     for measurement, eta_b, start, samples in grid:
         yield DDRMSettings(
             options.steps, start, eta_b=eta_b, measurement=measurement, samples=samples,
-            consistent=not options.inconsistent,
+            consistency=0.0 if options.inconsistent else 1.0,
         )  # fmt: skip
 
 

@@ -56,9 +56,10 @@ class DDRMJPEGRestore(io.ComfyNode):
         start: int = _DEFAULTS.start,
         eta: float = _DEFAULTS.eta,
         eta_b: float = _AUTOMATIC,
-        consistent: bool = _DEFAULTS.consistent,
         tile: int = 0,
         overlap: int = 64,
+        consistency: float = _DEFAULTS.consistency,
+        closed_loop: bool = _DEFAULTS.closed_loop,
         class_label: int = _AUTOMATIC,
     ) -> io.NodeOutput:
         with errors_of("DDRMJPEGRestore"):
@@ -70,7 +71,8 @@ class DDRMJPEGRestore(io.ComfyNode):
                 measurement,
                 seed,
                 samples,
-                consistent,
+                consistency,
+                closed_loop,
                 None if class_label < 0 else class_label,
             )
             prior: DiffusionPrior = expect_restorer(restorer, "prior")
@@ -143,14 +145,6 @@ def _inputs() -> list[io.Input]:
             "Weight of the file at each step, 0 to 1. -1 takes what suits the measurement: 1 for projection, 0.4 for "
             "the others.",
         ),
-        io.Boolean.Input(
-            "consistent",
-            default=_DEFAULTS.consistent,
-            optional=True,
-            advanced=True,
-            tooltip="Bring the final picture into agreement with the file: compressed again it gives the same file, "
-            "at qualities up to about 75 in every coefficient. Not with the measurement paper.",
-        ),
         io.Int.Input(
             "tile",
             default=0,
@@ -171,6 +165,26 @@ def _inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="Pixels that neighbouring tiles share, at most half a tile; they are blended there at each step.",
+        ),
+        io.Float.Input(
+            "consistency",
+            default=_DEFAULTS.consistency,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            round=0.001,
+            optional=True,
+            advanced=True,
+            tooltip="How far the result, the average, is moved into what the file allows: 1 all the way, 0 not at all. "
+            "Not with the measurement paper.",
+        ),
+        io.Boolean.Input(
+            "closed_loop",
+            default=_DEFAULTS.closed_loop,
+            optional=True,
+            advanced=True,
+            tooltip="Encode the rounded result again and mend it until it gives the file's own coefficients. Off, "
+            "rounding to 8 bits moves some of them out again.",
         ),
         io.Int.Input(
             "class_label",

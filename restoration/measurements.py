@@ -44,13 +44,19 @@ class JPEGMeasurement:
     Args:
         jpeg: The file.
         device: Of the images.
+        strength: How far `finish` moves images into agreement, 0 to 1.
+        closed_loop: Whether they agree in whole 8-bit levels, too.
         check: Called while the result is finished, with the part that is done; may raise to interrupt.
     """
 
     def __init__(
-        self, jpeg: JPEGData, device: torch.device | str = "cpu", check: Callable[[float], None] = lambda done: None
-    ) -> None:
-        self.constraint, self.cells = JPEGConstraint(jpeg, check=check), QuantizationCells(jpeg, device)
+        self, jpeg: JPEGData, device: torch.device | str = "cpu", *, strength: float = 1.0, closed_loop: bool = True,
+        check: Callable[[float], None] = lambda done: None,
+    ) -> None:  # fmt: skip
+        self.constraint, self.cells = (
+            JPEGConstraint(jpeg, strength, closed_loop, check),
+            QuantizationCells(jpeg, device),
+        )
         self.observed = self.cells.decoded()
 
     def shift(self, images: Tensor) -> Tensor:
@@ -62,7 +68,7 @@ class JPEGMeasurement:
         return self.cells.project(images)
 
     def finish(self, images: Tensor) -> Tensor:
-        """Whole 8-bit levels that compress to this file again, as far as `make_consistent` gets."""
+        """Whole 8-bit levels; in a closed loop they compress to this file again, as far as `make_consistent` gets."""
         return self.constraint.finish(images)
 
 

@@ -37,7 +37,8 @@ class DDRMSettings:
         measurement: One of `MEASUREMENTS`.
         seed: Of the noise; every picture of a batch gets the same.
         samples: Restorations that are averaged: more raise PSNR, fewer keep more texture.
-        consistent: Bring the result itself into agreement, in whole 8-bit levels.
+        consistency: How far the result itself is moved into agreement, 0 not at all to 1.
+        closed_loop: The result agrees in whole 8-bit levels, too, where it is all the way.
         label: The class of the pictures, for priors that are told one.
     """
 
@@ -48,7 +49,8 @@ class DDRMSettings:
     measurement: str = "projection"
     seed: int = 0
     samples: int = 8
-    consistent: bool = True
+    consistency: float = 1.0
+    closed_loop: bool = True
     label: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,8 +59,9 @@ class DDRMSettings:
         if self.samples < 1:
             raise ValueError(f"expected at least 1 sample, got {self.samples}.")
         ddrm_timesteps(self.steps, self.start)
-        for name, value in (("eta", self.eta), ("eta_b", 1.0 if self.eta_b is None else self.eta_b)):
-            if not 0 <= value <= 1:
+        shares = {"eta": self.eta, "eta_b": self.eta_b, "consistency": self.consistency}
+        for name, value in shares.items():
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {value:g}.")
 
     @property
@@ -151,7 +154,7 @@ class _Picture:
             done = numbers.stop
             self.report(min(done / samples, 0.999), total / done)
         mean = finite(total / samples)
-        result = self._measurement(torch.device("cpu")).finish(mean) if self.settings.consistent else to_8bit(mean)
+        result = self._measurement(torch.device("cpu")).finish(mean) if self.settings.consistency else to_8bit(mean)
         self.report(1.0, result)
         return result
 
@@ -214,7 +217,13 @@ class _Picture:
             return self.source
         if self.settings.measurement == "paper":
             return PaperJPEGMeasurement.of_file(self.source, device)
-        return JPEGMeasurement(self.source, device, lambda done: self.compute.check())
+        return JPEGMeasurement(
+            self.source,
+            device,
+            strength=self.settings.consistency,
+            closed_loop=self.settings.closed_loop,
+            check=lambda done: self.compute.check(),
+        )
 
 
 @dataclass(frozen=True)

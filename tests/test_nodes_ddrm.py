@@ -6,53 +6,23 @@ import io
 import shutil
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from restoration.diffusion.prior import NoiseSchedule
 from restoration.jpeg import JPEGError, read_jpeg
-from restoration.networks.adm_unet import ADMUNet, ADMUNetConfig
-from restoration.restorer_file import RestorerMetadata, half, write_restorer
+from tests.ddrm_graphs import CLASSES, PRIOR, SMALL, add_ddrm, write_priors
 from tests.graphs import Graph, photo, save_jpeg
 from tests.shared import shared_path
 
 pytestmark = pytest.mark.comfyui
-PRIOR = "test-prior.safetensors"
-CLASSES = "test-prior-classes.safetensors"
-
-
-def write_prior(path: Path, *, classes: int = 0, tile: int = 0, max_timestep: int = 999) -> Path:
-    """A prior of random weights whose output is not zero."""
-    config = ADMUNetConfig(
-        width=8, channel_multipliers=(1, 2), res_blocks=1, attention_levels=(), middle_attention=False,
-        head_channels=8, classes=classes, image_size=None, patch_size=2, norm_groups=4,
-    )  # fmt: skip
-    network, generator = ADMUNet(config), torch.Generator().manual_seed(0)
-    network.initialize(generator)
-    for parameter in network.parameters():
-        if parameter.dim() > 1 and float(parameter.detach().abs().max()) < 1e-3:
-            parameter.data.normal_(0, 0.05, generator=generator)
-    settings = {
-        "network": {"architecture": "adm", **config.to_dict()},
-        "schedule": NoiseSchedule().to_dict(),
-        "max_timestep": max_timestep,
-        "tile": tile,
-    }
-    tensors = {f"unet.{key}": value for key, value in half(network.state_dict()).items()}
-    write_restorer(path, RestorerMetadata("prior", settings, license="Apache-2.0"), tensors)
-    return path
 
 
 @pytest.fixture(scope="module")
 def priors(comfy) -> None:
-    folder = comfy.base / "models" / "jpeg_restorers"
-    write_prior(folder / PRIOR)
-    write_prior(folder / CLASSES, classes=10)
-    write_prior(folder / "test-prior-small.safetensors", tile=64, max_timestep=200)
+    write_priors(comfy.base / "models" / "jpeg_restorers")
     comfy.folder_paths.filename_list_cache.clear()
 
 
@@ -62,16 +32,9 @@ def ddrm(fresh, priors):
     return fresh
 
 
-def add(graph: Graph, jpeg: list, restorer: str = PRIOR, **settings) -> str:
-    """DDRMJPEGRestore with two samples of two steps."""
-    loader = graph.add("LoadJPEGRestorer", restorer=restorer, dtype="default")
-    inputs = {"measurement": "projection", "steps": 2, "seed": 0, "samples": 2}
-    return graph.add("DDRMJPEGRestore", restorer=[loader, 0], jpeg=jpeg, **{**inputs, **settings})
-
-
 def restore(comfy, name: str, **settings) -> Tensor:
     graph = Graph()
-    node = add(graph, [graph.add("LoadJPEG", image=name), 1], **settings)
+    node = add_ddrm(graph, [graph.add("LoadJPEG", image=name), 1], **settings)
     graph.sink([node, 0])
     result = comfy.run(graph.prompt)
     assert result.success, (result.error, result.validation)
@@ -93,7 +56,7 @@ def test_whole_graph_from_file_to_saved_picture(ddrm):
     """LoadJPEG -> DDRMJPEGRestore -> SaveImage: any size, and the saved PNG compresses to the same coefficients."""
     path = save_jpeg(ddrm, "landscape.jpg", photo(75, 101), quality=10)
     graph = Graph()
-    node = add(graph, [graph.add("LoadJPEG", image="landscape.jpg"), 1])
+    node = add_ddrm(graph, [graph.add("LoadJPEG", image="landscape.jpg"), 1])
     saved = graph.add("SaveImage", images=[node, 0], filename_prefix="ddrm")
     result = ddrm.run(graph.prompt)
     assert result.success, (result.error, result.validation)
@@ -125,9 +88,9 @@ def test_a_batch_of_compress_to_jpeg(ddrm):
     image = torch.cat([photo(32, 48), photo(32, 48).flip(1)])
     graph = Graph()
     compressed = graph.add("JPEGCompress", image=[graph.image(image), 0], quality=10, subsampling="4:2:0")
-    node = add(graph, [compressed, 1])
+    node = add_ddrm(graph, [compressed, 1])
     single = graph.add("JPEGCompress", image=[graph.image(image[1:]), 0], quality=10, subsampling="4:2:0")
-    alone = add(graph, [single, 1])
+    alone = add_ddrm(graph, [single, 1])
     graph.sink([node, 0])
     graph.sink([alone, 0])
     result = ddrm.run(graph.prompt)
@@ -152,7 +115,8 @@ def test_same_seed_same_bytes_and_another_seed_another_picture(ddrm):
         {"eta": 0.5},
         {"eta_b": 0.3},
         {"start": 900},
-        {"consistent": False},
+        {"consistency": 0.0},
+        {"closed_loop": False},
         {"tile": 128, "overlap": 32},
         {"restorer": CLASSES, "class_label": 4},
         {"dtype": "bf16"},
@@ -162,16 +126,7 @@ def test_same_seed_same_bytes_and_another_seed_another_picture(ddrm):
 def test_every_setting_runs_and_makes_a_difference(ddrm, settings):
     """Each input of the node reaches the core."""
     save_jpeg(ddrm, "settings.jpg", photo(160, 160))
-    settings = dict(settings)
-    graph = Graph()
-    jpeg = graph.add("LoadJPEG", image="settings.jpg")
-    dtype = settings.pop("dtype", "fp32")
-    node = add(graph, [jpeg, 1], **settings)
-    graph.prompt[str(int(node) - 1)]["inputs"]["dtype"] = dtype
-    graph.sink([node, 0])
-    result = ddrm.run(graph.prompt)
-    assert result.success, (result.error, result.validation)
-    assert not torch.equal(result.outputs(node)[0], restore(ddrm, "settings.jpg"))
+    assert not torch.equal(restore(ddrm, "settings.jpg", **settings), restore(ddrm, "settings.jpg", dtype="fp32"))
 
 
 def test_tile_0_is_the_size_the_prior_was_trained_on(ddrm, monkeypatch):
@@ -185,10 +140,10 @@ def test_tile_0_is_the_size_the_prior_was_trained_on(ddrm, monkeypatch):
 
     monkeypatch.setattr(network, "forward", recorded)
     save_jpeg(ddrm, "wide.jpg", photo(64, 160))
-    restore(ddrm, "wide.jpg", restorer="test-prior-small.safetensors", start=100, samples=1, steps=1)
+    restore(ddrm, "wide.jpg", restorer=SMALL, start=100, samples=1, steps=1)
     assert set(sides) == {(64, 64)}
     sides.clear()
-    restore(ddrm, "wide.jpg", restorer="test-prior-small.safetensors", start=100, samples=1, steps=1, tile=128)
+    restore(ddrm, "wide.jpg", restorer=SMALL, start=100, samples=1, steps=1, tile=128)
     assert set(sides) == {(64, 128)}
 
 
@@ -196,7 +151,7 @@ def test_progress_and_previews_arrive(ddrm):
     """The bar starts at nothing, never falls, ends full, and carries small pictures."""
     save_jpeg(ddrm, "large.jpg", photo(300, 400))
     graph = Graph()
-    node = add(graph, [graph.add("LoadJPEG", image="large.jpg"), 1], steps=3, tile=128)
+    node = add_ddrm(graph, [graph.add("LoadJPEG", image="large.jpg"), 1], steps=3, tile=128)
     graph.sink([node, 0])
     result = ddrm.run(graph.prompt)
     assert result.success, result.error
@@ -209,7 +164,7 @@ def test_progress_and_previews_arrive(ddrm):
 def test_interruption_stops_soon_and_the_next_prompt_runs(ddrm):
     save_jpeg(ddrm, "long.jpg", photo(512, 512))
     graph = Graph()
-    node = add(graph, [graph.add("LoadJPEG", image="long.jpg"), 1], steps=300, samples=64, tile=256)
+    node = add_ddrm(graph, [graph.add("LoadJPEG", image="long.jpg"), 1], steps=300, samples=64, tile=256)
     graph.sink([node, 0])
     pressed = []
 
@@ -270,7 +225,7 @@ def test_a_png_is_refused_with_what_to_do(ddrm):
     """Nothing is known of it beyond its pixels: compress it here, or take another restorer."""
     Image.fromarray((photo(24, 24)[0] * 255).byte().numpy()).save(ddrm.base / "input" / "once.png")
     graph = Graph()
-    graph.sink([add(graph, [graph.add("LoadJPEG", image="once.png"), 1]), 0])
+    graph.sink([add_ddrm(graph, [graph.add("LoadJPEG", image="once.png"), 1]), 0])
     message = refusal(ddrm, graph)
     assert "once.png is no JPEG" in message and "Compress to JPEG" in message and "DriftRec" in message
 
@@ -278,7 +233,7 @@ def test_a_png_is_refused_with_what_to_do(ddrm):
 def test_jpegs_of_several_sizes_are_refused(ddrm):
     graph = Graph()
     jpegs = [read_of(ddrm, height, 32) for height in (16, 24)]
-    graph.sink([add(graph, [graph.image(jpegs), 0]), 0])
+    graph.sink([add_ddrm(graph, [graph.image(jpegs), 0]), 0])
     assert "one size" in (message := refusal(ddrm, graph)) and "32x16, 32x24" in message
 
 
@@ -292,7 +247,7 @@ def read_of(comfy, height: int, width: int):
     ("settings", "said"),
     [
         ({"restorer": "test-driftrec.safetensors"}, "family prior, got driftrec"),
-        ({"restorer": "test-prior-small.safetensors", "steps": 20}, "timesteps up to 200"),
+        ({"restorer": SMALL, "steps": 20}, "timesteps up to 200"),
         ({"restorer": CLASSES}, "trained on 10 classes"),
         ({"restorer": CLASSES, "class_label": 10}, "0 to 9"),
         ({"class_label": 3}, "no classes"),
@@ -304,13 +259,13 @@ def read_of(comfy, height: int, width: int):
 def test_settings_that_do_not_fit_are_refused(ddrm, settings, said):
     save_jpeg(ddrm, "refused.jpg", photo(24, 40))
     graph = Graph()
-    graph.sink([add(graph, [graph.add("LoadJPEG", image="refused.jpg"), 1], **settings), 0])
+    graph.sink([add_ddrm(graph, [graph.add("LoadJPEG", image="refused.jpg"), 1], **settings), 0])
     assert said in refusal(ddrm, graph)
 
 
 def test_what_is_no_jpeg_data_is_refused(ddrm):
     graph = Graph()
-    graph.sink([add(graph, [graph.image([torch.zeros(1)]), 0]), 0])
+    graph.sink([add_ddrm(graph, [graph.image([torch.zeros(1)]), 0]), 0])
     assert "JPEG_DATA of this pack" in refusal(ddrm, graph)
 
 
@@ -328,7 +283,7 @@ def test_every_odd_file_works_or_is_explained(ddrm):
             continue
         shutil.copy(path, ddrm.base / "input" / path.name)
         graph = Graph()
-        node = add(graph, [graph.add("LoadJPEG", image=path.name), 1], steps=1, samples=1)
+        node = add_ddrm(graph, [graph.add("LoadJPEG", image=path.name), 1], steps=1, samples=1)
         graph.sink([node, 0])
         result = ddrm.run(graph.prompt)
         if jpeg is None:

@@ -84,11 +84,11 @@ def agreement_in_8_bits(restored: Tensor, file: JPEGData) -> float:
 @pytest.mark.parametrize("measurement", ["projection", "shift"])
 @pytest.mark.parametrize("subsampling", [0, 2])
 def test_the_result_compresses_to_the_file_again(measurement, subsampling):
-    """An average of samples at quality 10: every coefficient, through libjpeg; not so without `consistent`."""
+    """An average of samples at quality 10: every coefficient, through libjpeg; not so without `consistency`."""
     file = jpeg(64, 96, subsampling=subsampling)
     settings = DDRMSettings(measurement=measurement, **FAST)
     assert agreement_in_8_bits(restore_ddrm(prior(), [file], settings), file) == 1.0
-    free = restore_ddrm(prior(), [file], DDRMSettings(measurement=measurement, consistent=False, **FAST))
+    free = restore_ddrm(prior(), [file], DDRMSettings(measurement=measurement, consistency=0.0, **FAST))
     assert agreement_in_8_bits(free, file) < 1.0
 
 
@@ -110,9 +110,7 @@ def test_a_picture_does_not_depend_on_its_batch():
 def test_the_seed_alone_decides():
     file, before = jpeg(), torch.get_rng_state()
     first, again, other = (
-        restore_ddrm(
-            prior(), [file], DDRMSettings(seed=seed, samples=1, steps=3, measurement="shift", consistent=False)
-        )
+        restore_ddrm(prior(), [file], DDRMSettings(seed=seed, samples=1, steps=3, measurement="shift", consistency=0.0))
         for seed in (1, 1, 2**64 - 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -130,7 +128,7 @@ def test_the_number_of_samples_at_once_changes_nothing_but_the_calls(at_once):
 
 def test_samples_are_averaged_after_clipping():
     """Against sampling one by one; the first sample does not depend on how many follow."""
-    file, settings = jpeg(), {"steps": 3, "measurement": "shift", "consistent": False}
+    file, settings = jpeg(), {"steps": 3, "measurement": "shift", "consistency": 0.0}
     both = restore_ddrm(prior(), [file], DDRMSettings(samples=2, **settings))
     first = restore_ddrm(prior(), [file], DDRMSettings(samples=1, **settings))
     heard = []
@@ -142,7 +140,7 @@ def test_samples_are_averaged_after_clipping():
 
 
 def test_more_samples_come_closer_to_their_mean():
-    file, settings = jpeg(), {"steps": 3, "measurement": "shift", "consistent": False}
+    file, settings = jpeg(), {"steps": 3, "measurement": "shift", "consistency": 0.0}
     many = restore_ddrm(prior(), [file], DDRMSettings(samples=64, seed=9, **settings))
     errors = [
         float((restore_ddrm(prior(), [file], DDRMSettings(samples=count, **settings)) - many).square().mean())
@@ -158,7 +156,7 @@ def test_more_samples_come_closer_to_their_mean():
 def test_tiles_equal_the_whole_where_the_network_reaches_little(measurement):
     """Convolutions that reach 2 pixels: with an overlap of 32 only the blend's faintest weights see a border."""
     file = jpeg(160, 200)
-    settings = DDRMSettings(measurement=measurement, eta_b=0.4, steps=5, samples=1, consistent=False)
+    settings = DDRMSettings(measurement=measurement, eta_b=0.4, steps=5, samples=1, consistency=0.0)
     whole, tiled = (
         restore_ddrm(prior(), [file], settings, compute=Compute(tiler=Tiler(tile, overlap=32))) for tile in (0, 96)
     )
@@ -170,7 +168,7 @@ def test_tiles_equal_the_whole_where_the_network_reaches_little(measurement):
 def test_tiles_leave_no_seams_even_where_the_network_depends_on_the_place():
     """Each tile predicts a ramp; what is blended has no steps at the tiles' borders, only what the ramps add up to."""
     file, network = jpeg(96, 352, quality=90), Positional()
-    settings = DDRMSettings(steps=4, samples=1, consistent=False, eta_b=0.0)
+    settings = DDRMSettings(steps=4, samples=1, consistency=0.0, eta_b=0.0)
     compute = Compute(tiler=Tiler(128, overlap=64))
     flat = restore_ddrm(prior(), [file], settings, compute=compute)
     ramps = restore_ddrm(prior(network), [file], settings, compute=compute) - flat
@@ -295,6 +293,7 @@ def test_interruption_stops_at_the_next_tile():
         ({"steps": 40, "start": 30}, "1 to 30 steps.*got 40"),
         ({"eta": 2.0}, "eta between 0 and 1"),
         ({"eta_b": 1.1}, "eta_b between 0 and 1"),
+        ({"consistency": -0.1}, "consistency between 0 and 1"),
     ],
 )
 def test_settings_are_checked_in_words(options, said):

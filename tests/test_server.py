@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from restoration.jpeg import read_jpeg
-from tests.conftest import write_driftrec
+from tests.conftest import write_driftrec, write_regression
+from tests.ddrm_graphs import write_prior
 from tests.graphs import photo
 from tests.reduced_sd21 import reduced_base, write_codiff, write_sodiff
 from tools import comfyui_server, demo
@@ -32,6 +33,8 @@ pytestmark = pytest.mark.comfyui
 WORKFLOW = ROOT / "example_workflows" / "driftrec_restore.json"
 CODIFF = ROOT / "example_workflows" / "codiff_sd21.json"
 SODIFF = ROOT / "example_workflows" / "sodiff_sd21.json"
+DDRM = ROOT / "example_workflows" / "ddrm_jpeg.json"
+CONSISTENCY = ROOT / "example_workflows" / "consistency.json"
 
 
 def files_of(comfyui: Path) -> set[str]:
@@ -51,6 +54,8 @@ def server(comfyui_folder: Path, files_before: set[str]) -> Iterator[ComfyUIServ
     with ComfyUIServer(comfyui_folder) as running:
         models = running.base / "models"
         write_driftrec(models / "jpeg_restorers" / "starter-driftrec.safetensors")
+        write_regression(models / "jpeg_restorers" / "starter-regression.safetensors")
+        write_prior(models / "jpeg_restorers" / "starter-prior.safetensors")
         base = reduced_base()
         write_codiff(models / "jpeg_restorers" / "codiff.safetensors", base)
         write_sodiff(models / "jpeg_restorers" / "sodiff.safetensors", base)
@@ -84,6 +89,20 @@ def test_workflows_of_sd21_through_comfy_cli(server, tmp_path, workflow):
     assert np.allclose(np.asarray(restored).mean((0, 1)), np.asarray(source).mean((0, 1)), atol=8)
 
 
+@pytest.mark.parametrize("workflow", [DDRM, CONSISTENCY], ids=lambda path: path.stem)
+def test_workflows_that_hold_to_the_jpeg_through_comfy_cli(server, tmp_path, workflow):
+    """The templates as artists open them: the saved picture, compressed as the photo was, is the photo's file again."""
+    shutil.copy(save(tmp_path / "photo.jpg", photo(75, 100)), server.input / "photo.jpg")
+    before = {path.name for path in server.output.glob("*.png")}
+    run_workflow(server, workflow)
+    (name,) = {path.name for path in server.output.glob("*.png")} - before
+    jpeg = read_jpeg(tmp_path / "photo.jpg")
+    tables = [table.flatten().tolist() for table in jpeg.tables[:2]]
+    Image.open(server.output / name).save(tmp_path / "again.jpg", "JPEG", qtables=tables, subsampling=2)
+    pairs = zip(jpeg.coefficients.planes, read_jpeg(tmp_path / "again.jpg").coefficients.planes, strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_comfy_cli_reports_what_the_node_said(server, tmp_path):
     """A file that is no JPEG, and one that is not there: the node's sentence, and the server goes on."""
     (server.input / "photo.jpg").write_bytes(b"GIF89a")
@@ -98,7 +117,9 @@ def test_comfy_cli_reports_what_the_node_said(server, tmp_path):
 def test_template_and_help_pages_are_served(server):
     """The workflow is listed under Templates with its picture; each node's help page is where the editor looks."""
     listed = json.loads(server.get("/api/workflow_templates"))
-    assert list(listed) == [PACK] and sorted(listed[PACK]) == ["codiff_sd21", "driftrec_restore", "sodiff_sd21"]
+    assert list(listed) == [PACK] and sorted(listed[PACK]) == sorted(
+        path.stem for path in (WORKFLOW, CODIFF, SODIFF, DDRM, CONSISTENCY)
+    )
     served = json.loads(server.get(f"/api/workflow_templates/{PACK}/driftrec_restore.json"))
     assert served == json.loads(WORKFLOW.read_text(encoding="utf-8"))
     for node in NODES:
@@ -152,7 +173,7 @@ def test_nothing_is_written_into_comfyuis_own_folders(server, files_before):
     assert files_of(server.comfyui) == files_before
 
 
-@pytest.mark.parametrize("path", [WORKFLOW, CODIFF, SODIFF], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [WORKFLOW, CODIFF, SODIFF, DDRM, CONSISTENCY], ids=lambda path: path.stem)
 def test_workflow_file_is_sound(server, path):
     """Each link joins existing slots of equal types, and widget values fit the widgets of the nodes, in order."""
     graph = json.loads(path.read_text(encoding="utf-8"))
@@ -178,6 +199,8 @@ def check_widgets(node: dict, info: dict) -> None:
             value = values.pop(0)
             expected = {"samples": 4}.get(name, settings["default"])  # the graph averages, for starters are grainy
             assert settings["min"] <= value <= settings["max"] and value == expected, name
+        elif kind == "BOOLEAN":
+            assert values.pop(0) == settings["default"], name
         elif kind == "COMBO":
             value = values.pop(0)
             assert name == "image" or value in settings["options"], name

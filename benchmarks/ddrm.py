@@ -51,7 +51,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--restorer", type=Path, default=WEIGHTS / "starter-prior.safetensors")
     parser.add_argument("--data", type=Path, help="folder of lossless pictures (default: LIVE1)")
     parser.add_argument("--tables", nargs="+", choices=["operator", "quality"], default=["operator", "quality"])
-    parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=["projection", "shift"])
+    parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=["soft", "projection", "shift"])
     parser.add_argument("--eta-b", type=float, nargs="+", default=[0.4, 1.0], help="weights of the correction")
     parser.add_argument("--start", type=int, nargs="+", default=[300])
     parser.add_argument("--qualities", type=int, nargs="+", default=[5, 10, 30])
@@ -75,8 +75,13 @@ def _print_shares(priors: dict[str, DiffusionPrior], picture: Tensor, device: st
     for name, prior in priors.items():
         padded = torch.zeros(1, 3, *(-(-side // 64) * 64 for side in observed.shape[-2:]), device=device)
         network = _seconds(lambda prior=prior, padded=padded: prior(padded, 150, 0 if prior.classes else None), device)
-        for operator in ("project", "shift"):
-            seconds = _seconds(lambda operator=operator: getattr(measurement, operator)(observed), device)
+        operators = {
+            "soft": lambda: measurement.expect(observed, 0.1),
+            "projection": lambda: measurement.project(observed),
+            "shift": lambda: measurement.shift(observed),
+        }
+        for operator, call in operators.items():
+            seconds = _seconds(call, device)
             size = f"{observed.shape[-1]}x{observed.shape[-2]}"
             share = seconds / (seconds + network)
             print(

@@ -96,9 +96,10 @@ def _inputs() -> list[io.Input]:
             "measurement",
             options=list(MEASUREMENTS),
             default=_DEFAULTS.measurement,
-            tooltip="How predictions are held to the file. projection: moved no further than the file demands. shift: "
-            "moved by whole quantisation steps, as in the paper. paper: with the authors' own simulation of JPEG, too; "
-            "only for 4:2:0 squares with sides that are multiples of 16.",
+            tooltip="How predictions are held to the file. soft: moved to what the file makes likely, the less so the "
+            "surer the prediction is. projection: moved no further than the file demands. shift: moved by whole "
+            "quantisation steps, as in the paper. paper: with the authors' own simulation of JPEG, too; only for 4:2:0 "
+            "squares with sides that are multiples of 16.",
         ),
         io.Int.Input(
             "steps",
@@ -142,8 +143,8 @@ def _inputs() -> list[io.Input]:
             "eta_b",
             float(_AUTOMATIC),
             -1.0,
-            "Weight of the file at each step, 0 to 1. -1 takes what suits the measurement: 1 for projection, 0.4 for "
-            "the others.",
+            "Weight of the file at each step, 0 to 1. -1 takes what suits the measurement: 0.4 for shift and paper, "
+            "1 for the others.",
         ),
         io.Int.Input(
             "tile",

@@ -19,6 +19,7 @@ from .jpeg.file import JPEGData
 from .jpeg.sampling import sampling_factors
 from .jpeg.tables import STANDARD_CHROMA, STANDARD_LUMA
 from .pipelines import to_8bit
+from .truncated_normal import mean_inside
 
 # The rounded coefficients of the authors' code; their inverse is this matrix's, not the standard's.
 _PAPER_YCBCR = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))
@@ -66,6 +67,10 @@ class JPEGMeasurement:
     def project(self, images: Tensor) -> Tensor:
         """Every coefficient clamped into its cell, the picture clipped to [0, 1]."""
         return self.cells.project(images)
+
+    def expect(self, images: Tensor, spread: float) -> Tensor:
+        """Every coefficient at its mean inside its cell, the picture clipped to [0, 1]."""
+        return self.cells.expect(images, spread)
 
     def finish(self, images: Tensor) -> Tensor:
         """Whole 8-bit levels; in a closed loop they compress to this file again, as far as `make_consistent` gets."""
@@ -123,13 +128,23 @@ class PaperJPEGMeasurement:
 
     def project(self, images: Tensor) -> Tensor:
         """Coefficients clamped into their cells, the change of chroma repeated over its pixels; not clipped."""
-        pairs = zip(self._analyse(images), self._codes, strict=True)
-        changes = [torch.clamp(units, code.to(units) - 0.5, code.to(units) + 0.5) - units for units, code in pairs]
-        return images + self._synthesise(changes) - self._synthesise([torch.zeros_like(change) for change in changes])
+        return self._moved(images, lambda offset, table: offset.clamp(-0.5, 0.5))
+
+    def expect(self, images: Tensor, spread: float) -> Tensor:
+        """Coefficients at their means inside their cells, else as `project`."""
+        return self._moved(images, lambda offset, table: mean_inside(offset * table, table / 2, 255 * spread) / table)
 
     def finish(self, images: Tensor) -> Tensor:
         """Rounded to whole levels and clipped, as the authors' script ends."""
         return to_8bit(images)
+
+    def _moved(self, images: Tensor, to: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Images whose offsets from the centres of their cells, in steps, became what `to` makes of them and tables."""
+        changes = []
+        for units, code, table in zip(self._analyse(images), self._codes, self.tables, strict=True):
+            offset = units - code.to(units)
+            changes.append(to(offset, table.to(units)) - offset)
+        return images + self._synthesise(changes) - self._synthesise([torch.zeros_like(change) for change in changes])
 
     def _analyse(self, images: Tensor) -> list[Tensor]:
         """Coefficients of luma (B, 1, Hb, Wb, 8, 8) and chroma (B, 2, ...) in steps of the tables, not rounded."""
@@ -168,6 +183,12 @@ class BitDepthMeasurement:
         """Clamped to the whole levels v to v + step - 1, every 8-bit picture that gives y lies between."""
         low = self.observed.to(images)
         return images.clamp(low, low + (self.step - 1) / 255)
+
+    def expect(self, images: Tensor, spread: float) -> Tensor:
+        """The mean, between these levels, of a normal distribution around each value."""
+        half = (self.step - 1) / 255 / 2
+        middle = self.observed.to(images) + half
+        return middle + mean_inside(images - middle, half, spread)
 
     def finish(self, images: Tensor) -> Tensor:
         """The projection, rounded to whole levels: quantised again it is y."""

@@ -20,9 +20,10 @@ from .noise import SampleNoise, sample_generator
 from .pipelines import to_8bit
 from .tiling import Tiler, crop_to, pad_to_multiple
 
-MEASUREMENTS = ("projection", "shift", "paper")
-"""How predictions are held to a file: clamped into its cells; moved by whole cells, as the paper; or, with the paper's
-own simulation of JPEG in place of the file's coefficients and tables, exactly as its authors did."""
+MEASUREMENTS = ("soft", "projection", "shift", "paper")
+"""How predictions are held to a file: moved to what is expected inside its cells; clamped into them; moved by whole
+cells, as the paper; or, with the paper's own simulation of JPEG in place of the file's coefficients and tables, exactly
+as its authors did."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class DDRMSettings:
         steps: Evaluations of the network for each sample.
         start: Timestep from below which sampling starts: more noise there gives the prior more to decide.
         eta: Share of fresh noise at each step, 0 to 1.
-        eta_b: Weight of the correction at each step, 0 to 1; None for 1 with `projection` and 0.4 with the others.
+        eta_b: Weight of the correction at each step, 0 to 1; None for 0.4 with `shift` and `paper`, 1 with the others.
         measurement: One of `MEASUREMENTS`.
         seed: Of the noise; every picture of a batch gets the same.
         samples: Restorations that are averaged: more raise PSNR, fewer keep more texture.
@@ -46,7 +47,7 @@ class DDRMSettings:
     start: int = 300
     eta: float = 1.0
     eta_b: float | None = None
-    measurement: str = "projection"
+    measurement: str = "soft"
     seed: int = 0
     samples: int = 8
     consistency: float = 1.0
@@ -67,7 +68,7 @@ class DDRMSettings:
     @property
     def mode(self) -> str:
         """The correction that `sample_ddrm` is asked for."""
-        return "projection" if self.measurement == "projection" else "shift"
+        return "shift" if self.measurement == "paper" else self.measurement
 
 
 def restore_ddrm(
@@ -236,6 +237,9 @@ class _Padded:
 
     def shift(self, images: Tensor) -> Tensor:
         return pad_to_multiple(self.measurement.shift(crop_to(images, self.size)), self.multiple)[0]
+
+    def expect(self, images: Tensor, spread: float) -> Tensor:
+        return pad_to_multiple(self.measurement.expect(crop_to(images, self.size), spread), self.multiple)[0]
 
     def project(self, images: Tensor) -> Tensor:
         return pad_to_multiple(self.measurement.project(crop_to(images, self.size)), self.multiple)[0]

@@ -49,5 +49,5 @@ def write_priors(folder: Path) -> None:
 def add_ddrm(graph: Graph, jpeg: list, restorer: str = PRIOR, dtype: str = "default", **settings: Any) -> str:
     """DDRMJPEGRestore with two samples of two steps, and its restorer; `settings` are its inputs."""
     loader = graph.add("LoadJPEGRestorer", restorer=restorer, dtype=dtype)
-    inputs = {"measurement": "projection", "steps": 2, "seed": 0, "samples": 2}
+    inputs = {"measurement": "soft", "steps": 2, "seed": 0, "samples": 2}
     return graph.add("DDRMJPEGRestore", restorer=[loader, 0], jpeg=jpeg, **{**inputs, **settings})

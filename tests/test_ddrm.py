@@ -29,6 +29,9 @@ class Anything:
     def project(self, images: Tensor) -> Tensor:
         return images
 
+    def expect(self, images: Tensor, spread: float) -> Tensor:
+        return images
+
 
 class Shifts(Anything):
     """Corrections that are told apart by what they add."""
@@ -38,6 +41,9 @@ class Shifts(Anything):
 
     def project(self, images: Tensor) -> Tensor:
         return images - 0.25
+
+    def expect(self, images: Tensor, spread: float) -> Tensor:
+        return images + spread
 
 
 def noise(count: int = 1, seed: int = 0) -> SampleNoise:
@@ -167,7 +173,7 @@ def test_more_steps_than_timesteps_are_refused_in_words(steps, start):
     [
         ({"eta": 1.5}, "eta between 0 and 1"),
         ({"eta_b": -0.1}, "eta_b between 0 and 1"),
-        ({"mode": "clamp"}, "mode of projection, shift"),
+        ({"mode": "clamp"}, "mode of soft, projection, shift"),
         ({"start": 1500}, "start of at most 1000"),
     ],
 )
@@ -195,6 +201,7 @@ def test_the_mode_decides_which_correction_and_its_weight():
 
     assert run(mode="projection") == pytest.approx(-0.5 * DEFAULT_ETA_B["projection"], abs=1e-5)
     assert run(mode="shift") == pytest.approx(0.5 * DEFAULT_ETA_B["shift"], abs=1e-5)
+    assert run(mode="soft") == pytest.approx(np.sqrt(1 / ABAR[0] - 1), abs=1e-5)  # the noise, in units of [-1, 1]
     assert run(mode="shift", eta_b=1.0) == pytest.approx(0.5, abs=1e-5)
 
 
@@ -286,11 +293,11 @@ def gaussian():
     return prior, jpeg, prior.posterior_mean(planes, table), clean
 
 
-def average(prior: BlockGaussian, jpeg, samples: int = 64, **options) -> np.ndarray:
+def average(prior: BlockGaussian, jpeg, samples: int = 64, mode: str = "projection", **options) -> np.ndarray:
     """The coefficients of the average over samples."""
     measurement = JPEGMeasurement(jpeg)
     observed = (2 * measurement.observed - 1).expand(samples, -1, -1, -1)
-    found = sample_ddrm(prior.denoise, ABAR, observed, measurement, noise(samples), **options)
+    found = sample_ddrm(prior.denoise, ABAR, observed, measurement, noise(samples), mode=mode, **options)
     return prior.coefficients(((found.double().mean(dim=(0, 1)) + 1) / 2 * 255 - 128).numpy())
 
 
@@ -301,8 +308,8 @@ def rmse(first: np.ndarray, second: np.ndarray) -> float:
 def test_the_average_approaches_the_constrained_mean(gaussian):
     """In RMSE of coefficients, levels: the JPEG's decode is 2.6 away from the posterior mean, the prior's mean 26.
 
-    What DDRM reaches (64 samples): projection 2.2 in 20 steps and 1.8 in 100; shift 1.0. It is no exact sampler: the
-    projection leaves coefficients at the border of their cells that the posterior spreads inside.
+    What DDRM reaches (64 samples): projection 2.2 in 20 steps and 1.8 in 100; shift 1.0; soft 1.4. It is no exact
+    sampler: the projection leaves coefficients at the border of their cells that the posterior spreads inside.
     """
     prior, jpeg, posterior, _ = gaussian
     decoded = prior.coefficients((JPEGMeasurement(jpeg).observed[0].double().mean(0) * 255 - 128).numpy())
@@ -311,18 +318,19 @@ def test_the_average_approaches_the_constrained_mean(gaussian):
     assert projected < 2.35
     assert rmse(average(prior, jpeg, steps=100), posterior) < projected - 0.3
     assert rmse(average(prior, jpeg, mode="shift"), posterior) < 1.15
+    assert rmse(average(prior, jpeg, mode="soft"), posterior) < 1.5
 
 
 def test_the_average_is_nearer_to_the_picture_than_the_decode(gaussian):
-    """The posterior mean is the best estimate; both modes come closer to the drawn picture than the JPEG does."""
+    """The posterior mean is the best estimate; all modes come closer to the drawn picture than the JPEG does."""
     prior, jpeg, posterior, clean = gaussian
     truth, decoded = (
         prior.coefficients(levels - 128)
         for levels in (clean, JPEGMeasurement(jpeg).observed[0].double().mean(0).numpy() * 255)
     )
     best, before = rmse(posterior, truth), rmse(decoded, truth)
-    for mode in ("projection", "shift"):
-        assert best < rmse(average(prior, jpeg, mode=mode), truth) < before - 0.8 * (before - best) * (mode == "shift")
+    for mode, share in (("projection", 0.7), ("shift", 0.8), ("soft", 0.5)):
+        assert best < rmse(average(prior, jpeg, mode=mode), truth) < before - share * (before - best)
 
 
 def test_without_a_measurement_ddim_has_its_closed_form(gaussian):
@@ -344,7 +352,7 @@ def test_projection_ends_inside_the_cells(gaussian):
     """Every coefficient of a sample, before anything is rounded or finished; half weight leaves some outside."""
     prior, jpeg, *_ = gaussian
     planes, table = (one[0].double().numpy() for one in (jpeg.coefficients.planes[0], jpeg.tables[0]))
-    for eta_b, inside in ((None, True), (0.5, False)):
-        coefficients = average(prior, jpeg, samples=1, eta_b=eta_b)
+    for mode, eta_b, inside in (("projection", None, True), ("soft", None, True), ("projection", 0.5, False)):
+        coefficients = average(prior, jpeg, samples=1, mode=mode, eta_b=eta_b)
         outside = np.abs(coefficients / table - planes).max() - 0.5
-        assert (outside < 1e-3) == inside, eta_b
+        assert (outside < 1e-3) == inside, (mode, eta_b)

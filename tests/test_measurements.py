@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import truncnorm
 from skimage import data
 from torch import Tensor
 
-from restoration.jpeg import JPEGData, apply_orientation, decode_pixels, jpeg_data_from, read_jpeg
+from restoration.jpeg import JPEGData, apply_orientation, decode_pixels, image_to_dct, jpeg_data_from, read_jpeg
 from restoration.jpeg.cells import QuantizationCells
 from restoration.jpeg.codec import Coefficients
 from restoration.measurements import BitDepthMeasurement, JPEGMeasurement, PaperJPEGMeasurement, paper_tables
+from restoration.truncated_normal import mean_inside
 
 
 def picture(height: int, width: int) -> Tensor:
@@ -68,6 +70,27 @@ def test_jpeg_measurement_holds_pictures_to_any_file(name):
         torch.testing.assert_close(measurement.shift(shifted), shifted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_expectations_lie_between_the_projection_and_the_decode(name):
+    """No spread clamps, a large one decodes; in between every coefficient stays inside its cell."""
+    options = dict(FILES[name])
+    file = saved(0.3 + 0.4 * picture(options.pop("height"), options.pop("width")), **options)  # nothing is clipped
+    measurement = JPEGMeasurement(read_jpeg(file, name="file.jpg"))
+    given = disturbed(measurement.observed, strength=0.05)
+    torch.testing.assert_close(measurement.expect(given, 0.0), measurement.project(given), atol=1e-5, rtol=0)
+    if name in ("4:2:0", "gray"):  # whole blocks
+        middle = measurement.expect(given, 1000.0)
+        coefficients = measurement.constraint.jpeg.coefficients
+        for found, plane, table in zip(
+            image_to_dct(middle, coefficients.sampling, round_to_8bit=False),
+            coefficients.planes,
+            coefficients.tables,
+            strict=True,
+        ):
+            assert (found - plane * table[:, None, None]).abs().max() < 0.1
+        assert measurement.cells.agreement(measurement.expect(given, 0.05)) == 1.0
+
+
 def test_jpeg_measurement_finishes_with_what_compresses_to_the_file():
     """8-bit levels that libjpeg, with the file's tables, turns into the same coefficients."""
     file = saved(picture(48, 64), subsampling=2)
@@ -81,6 +104,20 @@ def test_jpeg_measurement_finishes_with_what_compresses_to_the_file():
     again = read_jpeg(buffer.getvalue(), name="again.jpg")
     for plane, other in zip(jpeg.coefficients.planes, again.coefficients.planes, strict=True):
         assert torch.equal(plane, other)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.5, 3.0, 40.0, 20_000.0])
+def test_means_inside_intervals_are_scipys(spread):
+    """In single precision, up to three spreads outside; farther away as there, and always inside."""
+    mean, half = torch.linspace(-8, 8, 161), 5.0
+    near = mean.double().numpy().clip(-half - 3 * spread, half + 3 * spread)
+    expected = truncnorm.mean((-half - near) / spread, (half - near) / spread, loc=near, scale=spread)
+    found = mean_inside(mean, half, spread)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-3)
+    assert found.abs().max() <= half and bool((found.diff() >= -1e-3).all())
+    assert mean_inside(torch.tensor([1e9, -1e9, float("inf")]), half, spread).abs().max() <= half
+    clamped = mean_inside(torch.tensor([-9.0, 2.0, 7.0]), half, 0.0)
+    torch.testing.assert_close(clamped, torch.tensor([-5.0, 2.0, 5.0]), atol=1e-5, rtol=0)
 
 
 # --- the authors' operator --------------------------------------------------------------------------------------------
@@ -138,6 +175,9 @@ def test_paper_projection_agrees_and_moves_less_than_the_shift():
     for found, code in zip(measurement._analyse(projected), measurement._codes, strict=True):
         assert (found - code).abs().max() < 0.5 + 1e-9
     assert (projected - given).norm() < 0.7 * (shifted - given).norm()
+    torch.testing.assert_close(measurement.expect(given, 0.0), projected, atol=1e-5, rtol=0)
+    for found, code in zip(measurement._analyse(measurement.expect(given, 1000.0)), measurement._codes, strict=True):
+        assert (found - code).abs().max() < 1e-3
     torch.testing.assert_close(measurement.project(projected), projected, atol=1e-9, rtol=0)
     torch.testing.assert_close(measurement.shift(shifted), shifted, atol=1e-9, rtol=0)
 
@@ -199,7 +239,7 @@ def test_bit_depth_corrections_agree(bits):
     measurement = BitDepthMeasurement(clean, bits)
     torch.testing.assert_close(measurement.project(clean), clean, atol=1e-6, rtol=0)
     given = disturbed(clean)
-    for moved in (measurement.project(given), measurement.finish(given)):
+    for moved in (measurement.project(given), measurement.finish(given), measurement.expect(given, 0.1)):
         assert torch.allclose(BitDepthMeasurement(moved, bits).observed, measurement.observed.expand_as(moved))
     finished = measurement.finish(given) * 255
     assert (finished - finished.round()).abs().max() < 1e-4

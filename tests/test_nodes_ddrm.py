@@ -110,6 +110,7 @@ def test_same_seed_same_bytes_and_another_seed_another_picture(ddrm):
 @pytest.mark.parametrize(
     "settings",
     [
+        {"measurement": "projection"},
         {"measurement": "shift"},
         {"measurement": "paper"},
         {"eta": 0.5},

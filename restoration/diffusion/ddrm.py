@@ -19,7 +19,7 @@ from .samplers import Callback, SamplerStep
 DenoiseEps = Callable[[Tensor, int], Tensor]
 """(x_t, t) -> the predicted noise, both (B, C, H, W); t is a timestep of the prior's schedule."""
 
-DEFAULT_ETA_B: dict[str, float] = {"projection": 1.0, "shift": 0.4}
+DEFAULT_ETA_B: dict[str, float] = {"soft": 1.0, "projection": 1.0, "shift": 0.4}
 """The corrections and the weight that each gets where none is asked for."""
 
 
@@ -32,6 +32,10 @@ class Correction(Protocol):
 
     def project(self, images: Tensor) -> Tensor:
         """The nearest image that agrees with the measurement."""
+        ...
+
+    def expect(self, images: Tensor, spread: float) -> Tensor:
+        """What is expected of images that agree, if these are off by normal errors of that standard deviation."""
         ...
 
 
@@ -72,7 +76,8 @@ def sample_ddrm(
         start: The first timestep lies just below this one.
         eta: Share of fresh noise in [0, 1].
         eta_b: Weight of the correction in [0, 1]; None for that of the mode, `DEFAULT_ETA_B`.
-        mode: `shift` corrects by whole quantisation steps, as the paper; `projection` no further than is needed.
+        mode: `shift` corrects by whole quantisation steps, as the paper; `projection` no further than is needed; `soft`
+            to what is expected of a picture that agrees, if the prediction is off by the noise of the timestep.
         callback: Called after each evaluation, with the data prediction after its correction, in [-1, 1].
 
     Returns:
@@ -86,19 +91,25 @@ def sample_ddrm(
     times = ddrm_timesteps(steps, start)
     if times[0] >= len(alphas_cumprod):
         raise ValueError(f"expected a start of at most {len(alphas_cumprod)}, the prior's timesteps, got {start}.")
-    correct = measurement.project if mode == "projection" else measurement.shift
     levels = [*(float(alphas_cumprod[t]) for t in times), 1.0]
     x = sqrt(levels[0]) * observed + sqrt(1 - levels[0]) * noise.normal(observed)
     for index, (t, abar, abar_next) in enumerate(zip(times, levels, levels[1:], strict=False)):
         eps = denoise_eps(x, t)
         x0 = (x - sqrt(1 - abar) * eps) / sqrt(abar)
-        predicted = eta_b * (2 * correct((x0 + 1) / 2) - 1) + (1 - eta_b) * x0
+        corrected = _corrected(measurement, mode, (x0 + 1) / 2, sqrt((1 - abar) / abar) / 2)
+        predicted = eta_b * (2 * corrected - 1) + (1 - eta_b) * x0
         if callback is not None:
             callback(SamplerStep(index + 1, steps, float(t), predicted))
         x = sqrt(abar_next) * predicted
         if abar_next < 1:
             x = x + sqrt(1 - abar_next) * (eta * noise.normal(x) + (1 - eta) * eps)
     return x
+
+
+def _corrected(measurement: Correction, mode: str, images: Tensor, spread: float) -> Tensor:
+    if mode == "soft":
+        return measurement.expect(images, spread)
+    return measurement.project(images) if mode == "projection" else measurement.shift(images)
 
 
 def _weights(eta: float, eta_b: float | None, mode: str) -> float:

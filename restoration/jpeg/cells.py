@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..truncated_normal import mean_inside
 from .codec import decode
 from .file import JPEGData, apply_orientation, undo_orientation
 from .layout import Layout
@@ -25,7 +26,8 @@ class QuantizationCells:
     """The cells of one JPEG file, prepared once on a device.
 
     Each component is sampled down as the file's encoder does; changes of its samples are repeated over the pixels that
-    they span, which keeps the box means exact, and averaged where the encoder repeats the last row or column.
+    they span, which keeps the box means exact. Blocks that the picture fills in part are moved nearer only: cautiously,
+    so that `project` leads away from no picture that the file allows.
 
     Images are (B, 3, H, W) in [0, 1] on that device, upright (the file's EXIF orientation has been applied), of the
     file's size or larger by a whole factor, the same in both directions: then their box means are held to the file.
@@ -54,6 +56,18 @@ class QuantizationCells:
         Where in its cell a coefficient lies does not change. Returns images of the same shape, type and device.
         """
         return self._moved(images, to_cell, 1.0, clip)
+
+    def expect(self, images: Tensor, spread: float) -> Tensor:
+        """Replace every coefficient by its mean inside its cell, if it is off by `spread`, and clip to [0, 1].
+
+        `spread` is the standard deviation of a normal error of the coefficients, in units of the images: 0 projects, a
+        large one decodes the file. Returns images of the same shape, type and device.
+        """
+
+        def to_mean(offset: Tensor, steps: Tensor) -> Tensor:
+            return mean_inside(offset, steps / 2, 255 * spread).sub_(offset)
+
+        return self._moved(images, to_mean, 1.0, clip=True)
 
     def decoded(self, *, clip: bool = True) -> Tensor:
         """The file's continuous decode, (1, 3, H, W) float32, upright, on the device.
@@ -121,7 +135,8 @@ class QuantizationCells:
         for rows in self.strips(stored, scale):
             offsets = self._offsets(stored, rows, scale)
             changes = [move(offset, steps) for offset, steps in zip(offsets, self.steps, strict=True)]
-            change = self.layout.spread(changes, rows.stop - rows.start, self.jpeg.width).div_(255)
+            height, cautious = rows.stop - rows.start, move is into_cell
+            change = self.layout.spread(changes, height, self.jpeg.width, cautious=cautious).div_(255)
             part = slice(rows.start * scale, rows.stop * scale)
             result[..., part, :] = _added(stored[..., part, :], change, scale, strength, clip)
         return apply_orientation(result, self.jpeg.orientation)

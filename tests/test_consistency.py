@@ -9,6 +9,7 @@ from torch import Tensor
 
 from restoration.jpeg import apply_orientation, encode_with_pillow, image_to_dct, read_jpeg, read_jpeg_and_pixels
 from restoration.jpeg.consistency import clamp_to_cells
+from restoration.jpeg.sampling import component_ratios
 from restoration.metrics import psnr
 
 
@@ -32,8 +33,8 @@ def test_one_clamp_brings_every_coefficient_of_whole_blocks_into_its_cell(
     projected = clamp_to_cells(blurred(clean), jpeg)
     blocks = image_to_dct(projected, jpeg.coefficients.sampling, color_space=jpeg.color_space, round_to_8bit=False)
     for component, (block, plane, table) in enumerate(zip(blocks, jpeg.coefficients.planes, jpeg.tables, strict=True)):
-        grid = 16 if subsampling == "4:2:0" and component == 0 else 8
-        rows, columns = height // 16 * 16 // grid, width // 16 * 16 // grid  # blocks that no padding reaches
+        across, down = component_ratios(jpeg.coefficients.sampling)[component]
+        rows, columns = height // (8 * down), width // (8 * across)  # blocks that no padding reaches
         distance = (block / table[:, None, None].float() - plane.float()).abs()[:, :rows, :columns]
         assert distance.max() <= 0.5 + 2e-3
 

@@ -26,8 +26,8 @@ class QuantizationCells:
     """The cells of one JPEG file, prepared once on a device.
 
     Each component is sampled down as the file's encoder does; changes of its samples are repeated over the pixels that
-    they span, which keeps the box means exact. Blocks that the picture fills in part are moved nearer only: cautiously,
-    so that `project` leads away from no picture that the file allows.
+    they span, which keeps the box means exact. Blocks that the picture fills in part only come nearer to their cells,
+    so that `project` never leads away from any picture that the file allows.
 
     Images are (B, 3, H, W) in [0, 1] on that device, upright (the file's EXIF orientation has been applied), of the
     file's size or larger by a whole factor, the same in both directions: then their box means are held to the file.

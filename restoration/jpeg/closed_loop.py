@@ -20,7 +20,6 @@ MAX_ROUNDS = 12
 
 _PIXELS_AT_ONCE = 1_000_000
 _CLAMPS_PER_ROUND, _CLAMPS_AT_EDGES = 3, 8  # the range of pixels makes one inexact, and blocks filled in part
-_RELAXATION = 1.8  # of steps in pieces that are filled in part; below 2 none leads away from what fits
 _FIRST_MARGIN, _LARGEST_MARGIN = 1.0, 0.35  # in levels, as is the noise of rounding (0.35); in steps of the table
 
 Check = Callable[[float], None]
@@ -95,11 +94,10 @@ def _search(
     ]
     active = _Pieces(levels, best, planes, margins, torch.arange(len(levels), device=levels.device))
     active.keep(fewest > 0)
-    weights = _weights(layout, *levels.shape[-2:]).to(levels.device)
     for number in range(max_rounds):
         if not len(active.places):
             return best, number
-        wrong = _round(layout, steps, active, weights if number < max_rounds // 2 else torch.ones_like(weights))
+        wrong = _round(layout, steps, active, cautious=number < max_rounds // 2)
         counts = _count(wrong)
         better = counts < fewest[active.places]
         best[active.places[better]] = active.rounded[better]
@@ -110,7 +108,7 @@ def _search(
     return best, max_rounds
 
 
-def _round(layout: Layout, steps: list[Tensor], pieces: _Pieces, weights: Tensor) -> list[Tensor]:
+def _round(layout: Layout, steps: list[Tensor], pieces: _Pieces, cautious: bool) -> list[Tensor]:
     """Move pieces into their cells less the margins, round them, and say which coefficients are wrong now."""
     height, width = pieces.levels.shape[-2:]
     found = layout.coefficients(pieces.rounded, rounded=True)  # as far as rounding moved them they are moved back
@@ -121,23 +119,10 @@ def _round(layout: Layout, steps: list[Tensor], pieces: _Pieces, weights: Tensor
         for c, q, step, margin in zip(found, pieces.planes, steps, pieces.margins, strict=True):
             offset, half = c - q * step, step / 2 - margin
             changes.append(torch.clamp(offset, -half, half).sub_(offset))
-        change = layout.spread(changes, height, width) * weights
+        change = layout.spread(changes, height, width, cautious=cautious)
         pieces.levels = change.add_(pieces.levels).clamp_(0, 255)
     pieces.rounded = pieces.levels.round()
     return _wrong(layout, steps, pieces.rounded, pieces.planes)
-
-
-def _weights(layout: Layout, height: int, width: int) -> Tensor:
-    """Of changes of pixels: 1 in whole pieces.
-
-    Where the encoder repeats the last row or column, the step is the transpose's (Landweber 1951): it never leads away
-    from any picture that fits, while the mean that `Layout.spread` takes may, in the other rows and columns. It is
-    slow: what is left after half of the rounds is moved by the mean.
-    """
-    rows, columns = torch.ones(height, 1), torch.ones(1, width)
-    rows[:-1] /= layout.unit[0] - height + 1
-    columns[:, :-1] /= layout.unit[1] - width + 1
-    return rows * columns * (1 if (height, width) == layout.unit else _RELAXATION)
 
 
 def _wrong(layout: Layout, steps: list[Tensor], levels: Tensor, planes: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,8 @@ from .codec import Coefficients, forward_dct, inverse_dct, rgb_to_ycbcr
 from .integer_dct import integer_forward_dct, integer_quantize
 from .sampling import Sampling, box_downsample, component_ratios
 
+_RELAXATION = 1.8**0.5  # of cautious steps, for each direction; both together stay below 2
+
 
 @dataclass(frozen=True)
 class Group:
@@ -62,17 +64,22 @@ class Layout:
             encoded.append(integer_quantize(eighths, step))
         return encoded
 
-    def spread(self, changes: list[Tensor], height: int, width: int) -> Tensor:
+    def spread(self, changes: list[Tensor], height: int, width: int, *, cautious: bool = False) -> Tensor:
         """RGB changes (B, 3, height, width), in levels, that changes of coefficients make.
 
         A change of a sample is repeated over the pixels that it spans, which keeps box means exact; where the encoder
-        repeats the last row or column to fill a block, the mean of the changes there is taken.
+        repeats the last row or column to fill a block, the mean of the changes there is taken. That can be too much
+        for the other rows and columns of such a block: with `cautious` they take the step of the transpose (Landweber
+        1951), which is slower, but never leads away from any picture that the coefficients allow.
         """
         wide: dict[int, Tensor] = {}
         for group, change in zip(self.groups, changes, strict=True):
             samples = inverse_dct(change.flatten(0, 1))
-            pixels = self._over_pixels(samples, group.ratio, height, width).unflatten(0, change.shape[:2])
-            wide |= dict(zip(group.places, pixels.unbind(1), strict=True))
+            pixels = self._over_pixels(samples, group.ratio, height, width)
+            if cautious:
+                _shorten(pixels, -1, 8 * group.ratio[0])
+                _shorten(pixels, -2, 8 * group.ratio[1])
+            wide |= dict(zip(group.places, pixels.unflatten(0, change.shape[:2]).unbind(1), strict=True))
         return _rgb_change([wide[place] for place in sorted(wide)], self.color_space)
 
     def _samples(self, levels: Tensor, rounded: bool) -> list[Tensor]:
@@ -110,6 +117,15 @@ def _fold(samples: Tensor, dim: int, length: int) -> Tensor:
         return samples
     last = samples.narrow(dim, length - 1, surplus + 1).mean(dim, keepdim=True)
     return torch.cat([samples.narrow(dim, 0, length - 1), last], dim)
+
+
+def _shorten(changes: Tensor, dim: int, span: int) -> None:
+    """Scale, in place, the changes of pixels in a last block of `span` pixels that the picture does not fill."""
+    length = changes.shape[dim]
+    start, surplus = length // span * span, -length % span
+    if surplus:
+        changes.narrow(dim, start, length - start).mul_(_RELAXATION)
+        changes.narrow(dim, start, length - start - 1).div_(surplus + 1)
 
 
 def _rgb_change(planes: list[Tensor], color_space: str) -> Tensor:

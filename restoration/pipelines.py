@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from .compute import Compute, OnProgress, Progress, Report, finite, part_of
 from .diffusion.prediction import RegressionRestorer, ScoreDenoiser, constrained
 from .diffusion.samplers import SAMPLERS, NoiseSource, SamplerStep, sample
 from .embedding import embed_with_cave, embed_with_saipe, predict_timesteps
+from .noise import sample_generator
 from .tiling import crop_to, pad_to_multiple
 
 __all__ = [
@@ -176,7 +176,7 @@ def _average_of_samples(
             report_evaluation(finished, crop_to(step.denoised, size))
 
         finished = 0
-        noise = NoiseSource(_generator(settings.seed, number))
+        noise = NoiseSource(sample_generator(settings.seed, number))
         restored = sample(
             settings.sampler, denoiser, model.sde, padded, noise, steps=settings.steps, tolerance=settings.tolerance,
             t_eps=settings.t_eps, callback=callback,
@@ -204,9 +204,3 @@ def _tiled(
 
 def _multiple(model: ScoreDenoiser | RegressionRestorer, compute: Compute) -> int:
     return math.lcm(compute.tiler.align, model.network.config.size_multiple)
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    """The noise of one of the samples that are averaged; the first one's does not depend on how many there are."""
-    state = np.random.SeedSequence([seed & (2**64 - 1), number]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -127,7 +127,7 @@ def _row(rows: list[dict[str, float]]) -> str:
     return (
         f"{len(rows)} | {means['before']:.4%} | {means['after']:.5%} | {complete} of {len(rows)} "
         f"| {min(row['after'] for row in rows):.5%} | {means['psnr_before']:.3f} | {means['psnr_after']:.3f} "
-        f"| {gain:+.3f} | {means['ssim_before']:.4f} | {means['ssim_after']:.4f} "
+        f"| {gain:+.5f} | {means['ssim_before']:.4f} | {means['ssim_after']:.4f} "
         f"| {means['rounds']:.1f} ({max(row['rounds'] for row in rows)}) | {means['seconds']:.2f}"
     ).replace("%", "")
 

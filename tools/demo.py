@@ -46,26 +46,26 @@ def make_sample() -> tuple[Path, Tensor]:
     return path, to_tensor(clean)
 
 
-def workflow_for(file_name: str, folder: Path) -> Path:
-    """A copy of the example workflow that loads another file."""
-    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+def workflow_for(file_name: str, folder: Path, workflow: Path = WORKFLOW) -> Path:
+    """A copy of an example workflow that loads another file."""
+    graph = json.loads(workflow.read_text(encoding="utf-8"))
     (loader,) = [node for node in graph["nodes"] if node["type"] == "LoadJPEG"]
     loader["widgets_values"][0] = file_name
-    path = folder / WORKFLOW.name
+    path = folder / workflow.name
     path.write_text(json.dumps(graph), encoding="utf-8")
     return path
 
 
-def restore(server: ComfyUIServer, jpeg: Path) -> Path:
-    """Run the example workflow on a JPEG; returns the picture that SaveImage wrote.
+def restore(server: ComfyUIServer, jpeg: Path, workflow: Path = WORKFLOW) -> Path:
+    """Run an example workflow on a JPEG; returns the picture that SaveImage wrote.
 
     Raises:
         ServerError: It failed; the message is what the node said.
     """
     name = f"photo{jpeg.suffix.lower()}"
     shutil.copy(jpeg, server.input / name)
-    run_workflow(server, workflow_for(name, server.base))
-    saved = sorted(server.output.glob("restored*.png"), key=lambda path: path.stat().st_mtime)
+    run_workflow(server, workflow_for(name, server.base, workflow))
+    saved = sorted(server.output.glob("*.png"), key=lambda path: path.stat().st_mtime)
     if not saved:
         raise ServerError(f"the workflow ended well, but SaveImage wrote nothing to {server.output}.")
     return saved[-1]

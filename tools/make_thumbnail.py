@@ -1,6 +1,6 @@
-"""Make example_workflows/driftrec_restore.jpg anew, the picture that ComfyUI shows under Templates.
+"""Make the pictures that ComfyUI shows under Templates anew, of the workflows that run from the pack alone.
 
-`.venv/bin/python tools/make_thumbnail.py`, to be repeated when the starter weights have changed.
+`.venv/bin/python tools/make_thumbnail.py [NAME ...]`, to be repeated when the starter weights have changed.
 """
 
 # ruff: noqa: E402 - run as a file, it has to find the repository first
@@ -18,18 +18,24 @@ from tools import demo
 from tools.comfyui_server import ComfyUIServer
 from tools.pictures import split_thumbnail
 
-FACE = (150, 10, 350, 210)
+WORKFLOWS = ("driftrec_restore", "ddrm_jpeg", "consistency")
+FACE = (144, 0, 352, 208)
 
 
 def main() -> None:
-    """Restore the demo's sample in ComfyUI and save a part of it, half as it was and half restored."""
+    """Restore a part of the sample in ComfyUI with each workflow; save it, half as it was and half restored."""
     demo.DEMO.mkdir(exist_ok=True)
-    path, _ = demo.make_sample()
-    with ComfyUIServer() as server, Image.open(demo.restore(server, path)) as restored, Image.open(path) as before:
-        thumbnail = split_thumbnail(before.crop(FACE), restored.crop(FACE))
-    target = demo.WORKFLOW.with_suffix(".jpg")
-    thumbnail.save(target, "JPEG", quality=90, subsampling="4:4:4", optimize=True)
-    print(f"Wrote {target.relative_to(ROOT)}, {target.stat().st_size // 1024} kB")
+    path = demo.DEMO / "thumbnail.jpg"
+    face = demo.sample_picture().crop(FACE)
+    face.save(path, "JPEG", quality=demo.SAMPLE_QUALITY, subsampling="4:2:0")
+    with ComfyUIServer() as server:
+        for name in sys.argv[1:] or WORKFLOWS:
+            workflow = ROOT / "example_workflows" / f"{name}.json"
+            with Image.open(demo.restore(server, path, workflow)) as restored, Image.open(path) as before:
+                thumbnail = split_thumbnail(before, restored)
+            target = workflow.with_suffix(".jpg")
+            thumbnail.save(target, "JPEG", quality=90, subsampling="4:4:4", optimize=True)
+            print(f"Wrote {target.relative_to(ROOT)}, {target.stat().st_size // 1024} kB")
 
 
 if __name__ == "__main__":

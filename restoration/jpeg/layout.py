@@ -120,12 +120,12 @@ def _fold(samples: Tensor, dim: int, length: int) -> Tensor:
 
 
 def _shorten(changes: Tensor, dim: int, span: int) -> None:
-    """Scale, in place, the changes of pixels in a last block of `span` pixels that the picture does not fill."""
-    length = changes.shape[dim]
-    start, surplus = length // span * span, -length % span
-    if surplus:
-        changes.narrow(dim, start, length - start).mul_(_RELAXATION)
-        changes.narrow(dim, start, length - start - 1).div_(surplus + 1)
+    """Scale, in place, the changes of pixels in a last block of `span` pixels that the picture fills in part."""
+    surplus = -changes.shape[dim] % span
+    filled = span - surplus
+    if surplus and filled > 1:  # the mean is exact for a single row or column
+        last = changes.narrow(dim, changes.shape[dim] - filled, filled).mul_(_RELAXATION)
+        last.narrow(dim, 0, filled - 1).div_(surplus + 1)
 
 
 def _rgb_change(planes: list[Tensor], color_space: str) -> Tensor:

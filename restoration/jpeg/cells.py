@@ -135,7 +135,7 @@ class QuantizationCells:
         for rows in self.strips(stored, scale):
             offsets = self._offsets(stored, rows, scale)
             changes = [move(offset, steps) for offset, steps in zip(offsets, self.steps, strict=True)]
-            height, cautious = rows.stop - rows.start, move is into_cell
+            height, cautious = rows.stop - rows.start, move is not to_cell
             change = self.layout.spread(changes, height, self.jpeg.width, cautious=cautious).div_(255)
             part = slice(rows.start * scale, rows.stop * scale)
             result[..., part, :] = _added(stored[..., part, :], change, scale, strength, clip)

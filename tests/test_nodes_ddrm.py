@@ -280,8 +280,6 @@ def test_every_odd_file_works_or_is_explained(ddrm):
             jpeg = read_jpeg(path)
         except JPEGError:
             jpeg = None
-        if jpeg is not None and jpeg.width * jpeg.height > 100_000:
-            continue
         shutil.copy(path, ddrm.base / "input" / path.name)
         graph = Graph()
         node = add_ddrm(graph, [graph.add("LoadJPEG", image=path.name), 1], steps=1, samples=1)
@@ -296,4 +294,4 @@ def test_every_odd_file_works_or_is_explained(ddrm):
         assert result.success, (path.name, result.error)
         assert tuple(result.outputs(node)[0].shape) == (1, jpeg.upright_height, jpeg.upright_width, 3), path.name
         restored += 1
-    assert restored >= 38 and refused >= 20
+    assert restored >= 55 and refused >= 20

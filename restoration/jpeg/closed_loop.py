@@ -19,7 +19,7 @@ from .layout import Layout
 MAX_ROUNDS = 12
 
 _PIXELS_AT_ONCE = 1_000_000
-_CLAMPS_PER_ROUND, _CLAMPS_AT_EDGES = 3, 8  # the range of pixels makes one inexact, and blocks filled in part
+_CLAMPS_PER_ROUND, _CLAMPS_AT_EDGES = 3, 24  # the range of pixels makes one inexact, and blocks filled in part
 _FIRST_MARGIN, _LARGEST_MARGIN = 1.0, 0.35  # in levels, as is the noise of rounding (0.35); in steps of the table
 
 Check = Callable[[float], None]
@@ -97,7 +97,7 @@ def _search(
     for number in range(max_rounds):
         if not len(active.places):
             return best, number
-        wrong = _round(layout, steps, active, cautious=number < max_rounds // 2)
+        wrong = _round(layout, steps, active, cautious=number < max_rounds // 4)
         counts = _count(wrong)
         better = counts < fewest[active.places]
         best[active.places[better]] = active.rounded[better]

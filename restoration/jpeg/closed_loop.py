@@ -21,6 +21,8 @@ MAX_ROUNDS = 12
 _PIXELS_AT_ONCE = 1_000_000
 _CLAMPS_PER_ROUND, _CLAMPS_AT_EDGES = 3, 24  # the range of pixels makes one inexact, and blocks filled in part
 _FIRST_MARGIN, _LARGEST_MARGIN = 1.0, 0.35  # in levels, as is the noise of rounding (0.35); in steps of the table
+_FEW_WRONG, _PIXELS_MENDED, _CANDIDATES = 16, 48, 64  # the last wrong coefficients are mended pixel by pixel
+_SAFETY = 0.1  # in levels: libjpeg's integers differ from the exact transform by less
 
 Check = Callable[[float], None]
 """Called after each round with the part that is done, 0..1; may raise to interrupt."""
@@ -105,6 +107,10 @@ def _search(
         active.margins = [_grown(*each) for each in zip(active.margins, wrong, steps, strict=True)]
         active.keep(counts > 0)
         check((number + 1) / max_rounds)
+    if fewest.sum() <= _FEW_WRONG:
+        for place in active.places.tolist():
+            one = slice(place, place + 1)
+            best[one] = _mended(layout, steps, best[one], [q[one] for q in planes])
     return best, max_rounds
 
 
@@ -123,6 +129,44 @@ def _round(layout: Layout, steps: list[Tensor], pieces: _Pieces, cautious: bool)
         pieces.levels = change.add_(pieces.levels).clamp_(0, 255)
     pieces.rounded = pieces.levels.round()
     return _wrong(layout, steps, pieces.rounded, pieces.planes)
+
+
+def _mended(layout: Layout, steps: list[Tensor], piece: Tensor, planes: list[Tensor]) -> Tensor:
+    """Change single pixels by a level, each time the one that helps most, until all agree or none helps."""
+    left = float("inf")
+    for _ in range(_PIXELS_MENDED):
+        found = layout.coefficients(piece, rounded=True)
+        changes = [_excess(c, q, step).neg_() for c, q, step in zip(found, planes, steps, strict=True)]
+        candidates = (piece + _single_pixels(layout.spread(changes, *piece.shape[-2:]))).clamp_(0, 255)
+        found = layout.coefficients(candidates, rounded=True)
+        excess = [_excess(c, q, step).square_() for c, q, step in zip(found, planes, steps, strict=True)]
+        totals = torch.stack([each.flatten(1).sum(1) for each in excess]).sum(0)
+        least = int(totals.argmin())
+        if float(totals[least]) >= left:
+            break
+        piece, left = candidates[least : least + 1], float(totals[least])
+        if not int(_count(_wrong(layout, steps, piece, planes))):
+            break
+    return piece
+
+
+def _excess(found: Tensor, planes: Tensor, steps: Tensor) -> Tensor:
+    """How far coefficients lie outside of their cells, or too near to the border to be sure."""
+    offset, half = found - planes * steps, steps / 2 - _SAFETY
+    return offset - torch.clamp(offset, -half, half)
+
+
+def _single_pixels(wanted: Tensor) -> Tensor:
+    """Changes of a level (N, 3, h, w), of one channel or all three of a pixel, where most is wanted (1, 3, h, w)."""
+    gray = wanted.mean(1, keepdim=True).expand_as(wanted)
+    chosen = []
+    for direction, channels in ((wanted, 1), (gray, 3)):
+        flat = (direction if channels == 1 else direction[:, :1]).flatten()
+        places = flat.abs().topk(min(_CANDIDATES, len(flat))).indices
+        single = torch.zeros(len(places), len(flat), device=wanted.device)
+        single[torch.arange(len(places), device=wanted.device), places] = flat[places].sign()
+        chosen.append(single.view(len(places), -1, *wanted.shape[-2:]).expand(-1, 3, -1, -1))
+    return torch.cat(chosen)
 
 
 def _wrong(layout: Layout, steps: list[Tensor], levels: Tensor, planes: list[Tensor]) -> list[Tensor]:

@@ -67,7 +67,7 @@ class DDRMJPEGRestore(io.ComfyNode):
                 steps,
                 start,
                 eta,
-                None if eta_b < 0 else eta_b,
+                None if eta_b == _AUTOMATIC else eta_b,
                 measurement,
                 seed,
                 samples,
@@ -155,7 +155,7 @@ def _inputs() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="Side of the tiles that larger pictures are split into, pixels; 0 takes the size that the prior "
-            "was trained on. It is halved when memory runs out.",
+            "was trained on, or 1024 where it takes any. It is halved when memory runs out.",
         ),
         io.Int.Input(
             "overlap",

@@ -39,6 +39,7 @@ DTYPES = {"default": None, "fp32": torch.float32, "fp16": torch.float16, "bf16":
 
 _JPEG_GRID = 16
 _SMALLEST_CHOSEN_TILE = 256
+_TILE_OF_ANY_SIZE = 1024
 _PROGRESS_UNITS = 1000
 _SHARE_FOR_SAMPLES = 0.8  # of the free memory
 _STATE_COPIES = 10  # float32 pictures that a sampler and its measurement hold for each sample
@@ -161,12 +162,15 @@ def prepare_prior(
         height: Of the images.
         width: Of the images.
         samples: That are wanted.
-        tile: Side of the tiles in pixels, 0 for the size that the prior was trained on. Halved when memory runs out.
+        tile: Side of the tiles in pixels, 0 for the size that the prior was trained on, or `_TILE_OF_ANY_SIZE` where it
+            takes any. Halved when memory runs out.
         overlap: Of neighbouring tiles, pixels.
     """
     prior = restorer.module
     bytes_of = partial(prior.network.activation_bytes, dtype=restorer.dtype)
-    compute, needed = _prepare_tiles(restorer, bytes_of, (height, width), tile or prior.tile, overlap)
+    compute, needed = _prepare_tiles(
+        restorer, bytes_of, (height, width), tile or prior.tile or _TILE_OF_ANY_SIZE, overlap
+    )
     if mm.is_device_cpu(compute.device):
         return compute, 1
     state = _STATE_COPIES * 3 * torch.float32.itemsize * height * width

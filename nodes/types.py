@@ -69,7 +69,7 @@ def expect_jpegs(jpegs: Any, remedy: str = _WITHOUT_JPEG) -> list[JPEGData]:
     Raises:
         ValueError: It is no JPEG_DATA, or that of a picture that is no JPEG.
     """
-    if not isinstance(jpegs, list) or not all(isinstance(jpeg, JPEGData | NoJPEG) for jpeg in jpegs):
+    if not isinstance(jpegs, list) or not jpegs or not all(isinstance(jpeg, JPEGData | NoJPEG) for jpeg in jpegs):
         raise ValueError("expected JPEG_DATA of this pack at the input jpeg. Connect Load JPEG or Compress to JPEG.")
     for jpeg in jpegs:
         if isinstance(jpeg, NoJPEG):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -54,11 +55,18 @@ class JPEGMeasurement:
         self, jpeg: JPEGData, device: torch.device | str = "cpu", *, strength: float = 1.0, closed_loop: bool = True,
         check: Callable[[float], None] = lambda done: None,
     ) -> None:  # fmt: skip
-        self.constraint, self.cells = (
-            JPEGConstraint(jpeg, strength, closed_loop, check),
-            QuantizationCells(jpeg, device),
-        )
-        self.observed = self.cells.decoded()
+        self.jpeg, self.device = jpeg, device
+        self.constraint = JPEGConstraint(jpeg, strength, closed_loop, check)
+
+    @cached_property
+    def cells(self) -> QuantizationCells:
+        """The file's cells, on the device."""
+        return QuantizationCells(self.jpeg, self.device)
+
+    @property
+    def observed(self) -> Tensor:
+        """The file's continuous decode, (1, 3, H, W); made anew each time."""
+        return self.cells.decoded()
 
     def shift(self, images: Tensor) -> Tensor:
         """Every coefficient moved by whole quantisation steps into its cell; not clipped."""
@@ -103,6 +111,18 @@ class PaperJPEGMeasurement:
         """The measurement of a clean picture (1, 3, H, W): y0 = Dec(Enc(clean))."""
         return cls(cls(clean, quality)._decoded, quality)
 
+    @staticmethod
+    def check_file(jpeg: JPEGData) -> None:
+        """Whether `of_file` takes the file; ValueError where it does not."""
+        standard = jpeg.quality.exact and jpeg.color_space == "ycbcr"
+        if not standard or jpeg.coefficients.sampling != sampling_factors("4:2:0") or jpeg.orientation != 1:
+            raise ValueError(
+                f"{jpeg.name}: the operator of the paper knows only 4:2:0 with standard tables, not turned; this file "
+                f"is {jpeg.color_space} {jpeg.subsampling} of quality {jpeg.quality.quality:g}, orientation "
+                f"{jpeg.orientation}. Use the measurement soft, which takes every file."
+            )
+        _check_paper_shape(torch.empty(1, 3, jpeg.height, jpeg.width, device="meta"))
+
     @classmethod
     def of_file(cls, jpeg: JPEGData, device: torch.device | str = "cpu") -> PaperJPEGMeasurement:
         """The authors' reading of a real file: y0 from its coefficients, the tables from its quality alone.
@@ -110,14 +130,7 @@ class PaperJPEGMeasurement:
         Raises:
             ValueError: The file is not one that their code could stand for.
         """
-        standard = jpeg.quality.exact and jpeg.color_space == "ycbcr"
-        if not standard or jpeg.coefficients.sampling != sampling_factors("4:2:0") or jpeg.orientation != 1:
-            raise ValueError(
-                f"{jpeg.name}: the operator of the paper knows only 4:2:0 with standard tables, not turned; this file "
-                f"is {jpeg.color_space} {jpeg.subsampling} of quality {jpeg.quality.quality:g}, orientation "
-                f"{jpeg.orientation}. Use the measurement projection or shift."
-            )
-        _check_paper_shape(torch.empty(1, 3, jpeg.height, jpeg.width, device="meta"))
+        cls.check_file(jpeg)
         pairs = zip(jpeg.coefficients.planes, jpeg.tables, strict=True)
         luma, blue, red = (plane.to(device).float() * table.to(device)[:, None, None] for plane, table in pairs)
         return cls(_from_blocks([luma[:, None], torch.stack([blue, red], 1)]), jpeg.quality.quality)
@@ -247,5 +260,5 @@ def _check_paper_shape(images: Tensor) -> None:
     if (batch, channels) != (1, 3) or height != width or height % 16 or not height:
         raise ValueError(
             f"the operator of the paper knows only squares whose side is a multiple of 16, got {width}x{height}. Crop "
-            "the picture before it is compressed, or use the measurement projection or shift."
+            "the picture before it is compressed, or use the measurement soft."
         )

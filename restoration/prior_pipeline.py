@@ -26,6 +26,10 @@ cells, as the paper; or, with the paper's own simulation of JPEG in place of the
 as its authors did."""
 
 
+_SAMPLING = 0.98
+"""The part of the progress that the samples make; the rest is the closed loop's."""
+
+
 @dataclass(frozen=True)
 class DDRMSettings:
     """How DDRM samples; the defaults are the paper's, but for the measurement.
@@ -140,6 +144,7 @@ class _Picture:
     ) -> None:  # fmt: skip
         self.prior, self.source, self.settings, self.compute, self.report = prior, source, settings, compute, report
         self.multiple = math.lcm(compute.tiler.align, _config(prior).size_multiple)
+        self.measurements: dict[torch.device, Measurement] = {}
 
     def restored(self, batches: _Batches) -> Tensor:
         """The average of the samples (1, 3, H, W), each clipped, brought into agreement where that is asked for."""
@@ -148,16 +153,22 @@ class _Picture:
             numbers = range(done, min(done + batches.size, samples))
             sampled = self._attempt(numbers, batches)
             if sampled is None:
+                self.measurements.clear()
                 batches.shrink()
                 continue
             for sample in sampled.split(1):  # one by one, so that the sum does not depend on the batches
                 total = total + sample.clamp(0, 1)
             done = numbers.stop
-            self.report(min(done / samples, 0.999), total / done)
-        mean = finite(total / samples)
+            self.report(_SAMPLING * done / samples, total / done)
+        mean = total / samples
         result = self._measurement(torch.device("cpu")).finish(mean) if self.settings.consistency else to_8bit(mean)
         self.report(1.0, result)
         return result
+
+    def _finishing(self, done: float) -> None:
+        """Interrupts, and reports the part of the closed loop that is done."""
+        self.compute.check()
+        self.report(_SAMPLING + 0.999 * (1 - _SAMPLING) * done, None)
 
     def _attempt(self, numbers: range, batches: _Batches) -> Tensor | None:
         """The samples of these numbers on the CPU; None where memory ran out and less of it may do."""
@@ -176,7 +187,7 @@ class _Picture:
 
         def report(part: float, preview: Tensor | None) -> None:
             share = (evaluations + part) / settings.steps
-            self.report(min((numbers.start + len(numbers) * share) / settings.samples, 0.999), preview)
+            self.report(_SAMPLING * (numbers.start + len(numbers) * share) / settings.samples, preview)
 
         def denoise(x: Tensor, timestep: int) -> Tensor:
             return self._predicted_noise(x, timestep, lambda part: report(part, None))
@@ -211,9 +222,15 @@ class _Picture:
             if done < total:
                 on_part(done / total)
 
-        return tiler(on_device, x, on_tile=on_tile)
+        return finite(tiler(on_device, x, on_tile=on_tile))
 
     def _measurement(self, device: torch.device) -> Measurement:
+        """The measurement on a device, made once for all the samples."""
+        if device not in self.measurements:
+            self.measurements[device] = self._new_measurement(device)
+        return self.measurements[device]
+
+    def _new_measurement(self, device: torch.device) -> Measurement:
         if not isinstance(self.source, JPEGData):
             return self.source
         if self.settings.measurement == "paper":
@@ -223,7 +240,7 @@ class _Picture:
             device,
             strength=self.settings.consistency,
             closed_loop=self.settings.closed_loop,
-            check=lambda done: self.compute.check(),
+            check=self._finishing,
         )
 
 
@@ -256,6 +273,10 @@ def _check(prior: DiffusionPrior, sources: Sequence[JPEGData | Measurement], set
             f"expected timesteps up to {prior.max_timestep}, as far as this prior was trained, but start "
             f"{settings.start} with {settings.steps} steps begins at {first}. Lower start."
         )
+    if settings.measurement == "paper":
+        for source in sources:
+            if isinstance(source, JPEGData):
+                PaperJPEGMeasurement.check_file(source)
     if (settings.label is None) != (not prior.classes):
         raise ValueError(
             f"this prior was trained on {prior.classes} classes: say of which the picture is, 0 to {prior.classes - 1}."

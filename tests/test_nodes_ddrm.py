@@ -254,6 +254,7 @@ def read_of(comfy, height: int, width: int):
         ({"class_label": 3}, "no classes"),
         ({"steps": 50, "start": 40}, "1 to 40 steps"),
         ({"measurement": "paper"}, "multiple of 16, got 40x24"),
+        ({"eta_b": -0.5}, "eta_b between 0 and 1, got -0.5"),
     ],
     ids=str,
 )
@@ -265,9 +266,10 @@ def test_settings_that_do_not_fit_are_refused(ddrm, settings, said):
 
 
 def test_what_is_no_jpeg_data_is_refused(ddrm):
-    graph = Graph()
-    graph.sink([add_ddrm(graph, [graph.image([torch.zeros(1)]), 0]), 0])
-    assert "JPEG_DATA of this pack" in refusal(ddrm, graph)
+    for nothing in ([torch.zeros(1)], []):
+        graph = Graph()
+        graph.sink([add_ddrm(graph, [graph.image(nothing), 0]), 0])
+        assert "JPEG_DATA of this pack" in refusal(ddrm, graph)
 
 
 def test_every_odd_file_works_or_is_explained(ddrm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def test_each_is_small_and_says_where_it_comes_from(family: str) -> None:
     assert metadata.family == family and metadata.license == "Apache-2.0" and metadata.base is None
     assert metadata.training["images"] > 10_000 and metadata.training["date"] and metadata.training["data"]
     assert f"{metadata.training['images']:,} crops" in (WEIGHTS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["driftrec_restore", "ddrm_jpeg", "consistency"])
+def test_workflows_that_need_nothing_else_name_restorers_that_ship(name: str) -> None:
+    """And their pictures under Templates are there."""
+    graph = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    (loader,) = [node for node in graph["nodes"] if node["type"] == "LoadJPEGRestorer"]
+    assert (WEIGHTS / loader["widgets_values"][0]).is_file()
+    assert (ROOT / "example_workflows" / f"{name}.jpg").is_file()
 
 
 @pytest.mark.parametrize("quality", [10, 30])
@@ -91,7 +101,8 @@ def test_half_precision_tells_the_same_quality() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "weights/README.md", "docs/driftrec.md", "docs/sodiff.md", "docs/ddrm.md", "docs/benchmarks.md"]
+    "page",
+    ["README.md", "weights/README.md", "docs/driftrec.md", "docs/sodiff.md", "docs/ddrm.md", "docs/benchmarks.md"],
 )
 def test_pages_have_no_gaps_and_their_links_lead_somewhere(page: str) -> None:
     path = ROOT / page

@@ -118,6 +118,13 @@ def test_validation_restores_by_ddrm_within_what_the_file_allows(tmp_path: Path)
     assert min(kept) == 1.0
 
 
+def test_priors_of_few_timesteps_are_validated_with_as_many_steps(tmp_path: Path) -> None:
+    task = PriorTask(replace(quick(tmp_path), max_timestep=7))
+    picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    jpeg, pixels = read_jpeg_and_pixels(encode_with_pillow(picture, 50), name="a.jpg")
+    assert task.restore_file(pixels[None], jpeg, seed=0).shape == (1, 3, 16, 16)
+
+
 def test_a_stopped_run_goes_on_to_the_very_same_weights(tmp_path: Path) -> None:
     optimizer = OptimizerConfig(learning_rate=1e-3, ema_decay=0.9)
     whole = replace(quick(tmp_path, images=16), optimizer=optimizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _NORM_EPS = 1e-5
+_RESAMPLE = {
+    "down": partial(F.avg_pool2d, kernel_size=2),
+    "up": partial(F.interpolate, scale_factor=2, mode="nearest"),
+}
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, make: _Maker, resample: str | None = None) -> None:
         super().__init__()
-        self.resample = {None: None, "down": _halve, "up": _double}[resample]
+        self.resample = None if resample is None else _RESAMPLE[resample]
         self.in_layers = nn.Sequential(make.norm(inputs), nn.SiLU(), make.conv(inputs, outputs))
         self.emb_layers = nn.Sequential(nn.SiLU(), make.linear(4 * make.config.width, 2 * outputs))
         self.out_layers = nn.Sequential(
@@ -300,11 +305,3 @@ def _way_up(config: ADMUNetConfig, make: _Maker, skips: list[int]) -> Iterator[n
 
 def _attention(config: ADMUNetConfig, level: int, make: _Maker) -> list[nn.Module]:
     return [AttentionBlock(config.level_channels[level], make)] if level in config.attention_levels else []
-
-
-def _halve(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 2)
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -40,7 +40,8 @@ class PriorTask(TaskDefaults):
 
     def restore_file(self, degraded: Tensor, jpeg: JPEGData, seed: int) -> Tensor:
         """One sample by DDRM, as far up in noise as the prior goes; the node averages several."""
-        settings = DDRMSettings(seed=seed, samples=1, start=min(DDRMSettings.start, self.model.max_timestep))
+        start = min(DDRMSettings.start, self.model.max_timestep + 1)
+        settings = DDRMSettings(min(DDRMSettings.steps, start), start, seed=seed, samples=1)
         compute = Compute(degraded.device, Tiler(self.model.tile, align=math.lcm(16, self.size_multiple)))
         with torch.no_grad():
             return restore_ddrm(self.model, [jpeg], settings, compute=compute).to(degraded.device)

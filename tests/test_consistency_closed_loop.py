@@ -10,7 +10,7 @@ import jpeglib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from skimage import data
 from torch import Tensor
 
@@ -82,6 +82,39 @@ def test_libjpeg_writes_the_very_same_coefficients(
     assert not all(np.array_equal(a, b) for a, b in zip(before, file, strict=True)), "the estimate agrees already"
     assert all(np.array_equal(a, b) for a, b in zip(again, file, strict=True))
     assert result.fraction == 1 and 1 <= result.rounds <= 12
+
+
+def line_art(ink: tuple[int, int, int], paper: tuple[int, int, int]) -> Tensor:
+    """Strokes, a circle and letters, 96x128: whole blocks of every sampling."""
+    picture = Image.new("RGB", (128, 96), paper)
+    draw, random = ImageDraw.Draw(picture), np.random.default_rng(0)
+    for _ in range(10):
+        ends = random.integers(0, (128, 96), (2, 2)).flatten().tolist()
+        draw.line(ends, fill=ink, width=int(random.integers(1, 4)))
+    draw.ellipse((32, 24, 64, 48), outline=ink, width=2)
+    draw.text((3, 60), "Hamburgefonts", fill=ink)
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+LINE_ART = {
+    "black on white": line_art((0, 0, 0), (255, 255, 255)),
+    "white on black": line_art((255, 255, 255), (0, 0, 0)),
+    "red on yellow": line_art((120, 0, 0), (250, 220, 40)),
+    "white on blue": line_art((255, 255, 255), (20, 60, 150)),
+}
+
+
+@pytest.mark.parametrize("drawing", LINE_ART)
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:2:2", "4:4:4", "gray"])
+@pytest.mark.parametrize("quality", [10, 20, 30, 50, 75])
+def test_line_art_agrees_as_well(drawing: str, subsampling: str, quality: int) -> None:
+    """Where pixels are black or white, cells and the range of levels pull in different directions."""
+    original = encode_with_pillow(LINE_ART[drawing][0], quality, subsampling)
+    jpeg, decoded = read_jpeg_and_pixels(original)
+    result = make_consistent(blurred(decoded[None]), [jpeg])
+    again = read_jpeg(written_by_pillow(result.images, jpeg)).coefficients.planes
+    assert all(torch.equal(a, b) for a, b in zip(again, jpeg.coefficients.planes, strict=True))
+    assert result.fraction == 1
 
 
 @pytest.mark.parametrize("quality", [90, 95, 100])

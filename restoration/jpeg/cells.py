@@ -150,9 +150,9 @@ class QuantizationCells:
         return stored
 
 
-def into_cell(offset: Tensor, steps: Tensor) -> Tensor:
-    """The smallest change that brings coefficients into their cells; a `Move`."""
-    half = steps / 2
+def into_cell(offset: Tensor, steps: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """The smallest change that brings coefficients into their cells, and `margin` levels away from the border."""
+    half = steps / 2 - margin
     return torch.clamp(offset, -half, half).sub_(offset)
 
 

@@ -1,8 +1,9 @@
 """8-bit images that a JPEG encoder, given the file's own tables and sampling, turns into the file's own coefficients.
 
 The picture falls into pieces that no coefficient reaches across. Those that do not agree after rounding are clamped
-into their cells, with a margin, rounded and really encoded again; what the rounding did is fed back into the next
-round, and the margin grows where a coefficient still left its cell.
+into their cells, with a margin, rounded and really encoded again; what the rounding did is taken into account in the
+next round, and the margin grows where a coefficient still left its cell. Where pixels are black or white a clamp leads
+out of their range, and cells and range are projected onto in turn (von Neumann 1950), with over-relaxation.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cells import QuantizationCells
+from .cells import QuantizationCells, into_cell
 from .layout import Layout
 
 MAX_ROUNDS = 12
 
 _PIXELS_AT_ONCE = 1_000_000
-_CLAMPS_PER_ROUND, _CLAMPS_AT_EDGES = 3, 24  # the range of pixels makes one inexact, and blocks filled in part
+_CLAMPS, _RELAXATION, _NEAR = 40, 1.9, 0.02  # the range of pixels makes one inexact, and blocks filled in part
 _FIRST_MARGIN, _LARGEST_MARGIN = 1.0, 0.35  # in levels, as is the noise of rounding (0.35); in steps of the table
-_FEW_WRONG, _PIXELS_MENDED, _CANDIDATES = 16, 48, 64  # the last wrong coefficients are mended pixel by pixel
+_FEW_WRONG, _PIXELS_MENDED, _CANDIDATES = 40, 48, 64  # the last wrong coefficients are mended pixel by pixel
+_LEVELS_MENDED = (1, 4, 12)
 _SAFETY = 0.1  # in levels: libjpeg's integers differ from the exact transform by less
 
 Check = Callable[[float], None]
@@ -116,28 +118,45 @@ def _search(
 
 def _round(layout: Layout, steps: list[Tensor], pieces: _Pieces, cautious: bool) -> list[Tensor]:
     """Move pieces into their cells less the margins, round them, and say which coefficients are wrong now."""
-    height, width = pieces.levels.shape[-2:]
-    found = layout.coefficients(pieces.rounded, rounded=True)  # as far as rounding moved them they are moved back
-    for number in range(_CLAMPS_PER_ROUND if (height, width) == layout.unit else _CLAMPS_AT_EDGES):
-        if number:
-            found = layout.coefficients(pieces.levels)
+    rounded, exact = layout.coefficients(pieces.rounded, rounded=True), layout.coefficients(pieces.levels)
+    errors = [r.sub_(c) for r, c in zip(rounded, exact, strict=True)]  # of rounding: they are taken into account
+    moving = torch.arange(len(pieces.levels), device=pieces.levels.device)
+    for number in range(_CLAMPS):
+        found = exact if not number else layout.coefficients(pieces.levels[moving])
         changes = []
-        for c, q, step, margin in zip(found, pieces.planes, steps, pieces.margins, strict=True):
-            offset, half = c - q * step, step / 2 - margin
-            changes.append(torch.clamp(offset, -half, half).sub_(offset))
-        change = layout.spread(changes, height, width, cautious=cautious)
-        pieces.levels = change.add_(pieces.levels).clamp_(0, 255)
+        for c, error, q, step, margin in zip(found, errors, pieces.planes, steps, pieces.margins, strict=True):
+            offset = c.add_(error[moving]).sub_(q[moving] * step)
+            changes.append(into_cell(offset, step, margin[moving]))
+        moving = _move(layout, pieces, moving, changes, cautious, 1.0 if number < 2 else _RELAXATION)
+        if not len(moving):
+            break
     pieces.rounded = pieces.levels.round()
     return _wrong(layout, steps, pieces.rounded, pieces.planes)
 
 
+def _move(
+    layout: Layout, pieces: _Pieces, moving: Tensor, changes: list[Tensor], cautious: bool, relaxation: float
+) -> Tensor:
+    """Change some pieces, within 0..255, and say which of them are not where the changes lead."""
+    height, width = pieces.levels.shape[-2:]
+    filled = (height, width) == layout.unit
+    change = layout.spread(changes, height, width, cautious=cautious)
+    aim = pieces.levels[moving].add_(change, alpha=relaxation if filled else 1.0)
+    pieces.levels[moving] = reached = aim.clamp(0, 255)
+    distance = (aim - reached if filled else change).abs_().flatten(1).amax(1)
+    return moving[distance > _NEAR]
+
+
 def _mended(layout: Layout, steps: list[Tensor], piece: Tensor, planes: list[Tensor]) -> Tensor:
-    """Change single pixels by a level, each time the one that helps most, until all agree or none helps."""
+    """Change single pixels by some levels, each time the one that helps most, until all agree or none helps."""
     left = float("inf")
     for _ in range(_PIXELS_MENDED):
         found = layout.coefficients(piece, rounded=True)
         changes = [_excess(c, q, step).neg_() for c, q, step in zip(found, planes, steps, strict=True)]
-        candidates = (piece + _single_pixels(layout.spread(changes, *piece.shape[-2:]))).clamp_(0, 255)
+        wanted = layout.spread(changes, *piece.shape[-2:])
+        aim = wanted.sign() + piece
+        single = _single_pixels(wanted * (aim == aim.clamp(0, 255)))
+        candidates = torch.cat([piece + levels * single for levels in _LEVELS_MENDED]).clamp_(0, 255)
         found = layout.coefficients(candidates, rounded=True)
         excess = [_excess(c, q, step).square_() for c, q, step in zip(found, planes, steps, strict=True)]
         totals = torch.stack([each.flatten(1).sum(1) for each in excess]).sum(0)

@@ -111,12 +111,12 @@ def _measured(picture: Tensor, quality: int, subsampling: str, restore: Restore,
         before = to_8bit(restore(jpeg, pixels[None]).cpu())
         wrong, total = wrong_coefficients(QuantizationCells(jpeg), before * 255)
         start = time.perf_counter()
-        result = make_consistent(before, [jpeg], device=device)
+        result = make_consistent(before.to(device), [jpeg])
         seconds = time.perf_counter() - start
     measured = {"before": 1 - wrong / total, "after": result.fraction, "rounds": result.rounds, "seconds": seconds}
     for name, measure in (("psnr", psnr), ("ssim", ssim)):
         measured |= {f"{name}_before": float(measure(before, picture[None]))}
-        measured |= {f"{name}_after": float(measure(result.images, picture[None]))}
+        measured |= {f"{name}_after": float(measure(result.images.cpu(), picture[None]))}
     return measured
 
 

@@ -50,7 +50,8 @@ class JPEGConsistency(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="How far the images are moved: 1 until they agree with the file, 0 not at all.",
+                    tooltip="How far the images are moved: 1 until they agree with the file, 0 not at all (they are "
+                    "returned as they are, not rounded either).",
                 ),
                 io.Boolean.Input(
                     "closed_loop",

@@ -11,6 +11,7 @@ from ..restoration.color import COLOR_CORRECTIONS
 from ..restoration.diffusion.prediction import RegressionRestorer
 from ..restoration.diffusion.samplers import SAMPLERS
 from ..restoration.jpeg import JPEGConstraint, JPEGData
+from ..restoration.jpeg.cells import wrong_size
 from ..restoration.pipelines import Compute, DriftRecSettings, restore_driftrec, restore_regression
 from .images import join_image, split_image
 from .runtime import ProgressReport, image_device, prepare_compute
@@ -207,11 +208,7 @@ def _one_each(jpegs: Any, pictures: Tensor) -> list[JPEGData]:
 
 def _check_size(jpeg: JPEGData, height: int, width: int) -> None:
     if (jpeg.upright_height, jpeg.upright_width) != (height, width):
-        raise ValueError(
-            f"expected images of the size of the JPEG {jpeg.name}, {jpeg.upright_width}x{jpeg.upright_height} upright, "
-            f"got {width}x{height}. Connect the IMAGE of the same Load JPEG, neither resized nor turned, or disconnect "
-            "jpeg."
-        )
+        raise ValueError(wrong_size(jpeg, height, width, enlarged=False))
 
 
 def _restore(

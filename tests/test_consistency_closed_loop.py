@@ -169,7 +169,8 @@ def test_a_picture_that_agrees_is_returned_as_it_is() -> None:
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
 @pytest.mark.parametrize("quality", [5, 10, 20, 40, 75, 90])
-def test_it_never_lowers_psnr(quality: int, subsampling: str) -> None:
+def test_psnr_of_these_photographs_rises_or_stays(quality: int, subsampling: str) -> None:
+    """What is true on average; `test_psnr_of_rgb_can_fall` shows that it is not for every picture."""
     for height, width in SIZES:
         clean = photograph(height, width)
         jpeg, decoded = read_jpeg_and_pixels(encode_with_pillow(clean[0], quality, subsampling))
@@ -215,7 +216,7 @@ def test_strength_mixes_and_the_fraction_is_that_of_the_mixture() -> None:
     half = make_consistent(estimate, [jpeg], strength=0.5)
     assert ((half.images - (estimate + full.images) / 2) * 255).abs().max() < 0.51
     none = make_consistent(estimate, [jpeg], strength=0.0)
-    assert torch.equal((none.images * 255).round(), (estimate * 255).round())
+    assert torch.equal(none.images, estimate) and none.rounds == 0
     assert none.fraction < half.fraction < full.fraction
     with pytest.raises(ValueError, match="strength of 0 to 1"):
         make_consistent(estimate, [jpeg], strength=1.5)
@@ -240,6 +241,49 @@ def test_enlarged_pictures_agree_once_their_box_means_are_taken(scale: int) -> N
     again = read_jpeg(written_by_pillow(means, jpeg)).coefficients.planes
     assert all(torch.equal(a, b) for a, b in zip(again, jpeg.coefficients.planes, strict=True))
     assert result.fraction == 1 and result.images.shape == large.shape
+
+
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4", "gray"])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_enlarged_line_art_agrees_once_its_box_means_are_taken(scale: int, subsampling: str) -> None:
+    """Black and white pixels can not take their part of a change; the others of their box take it over."""
+    clean = LINE_ART["black on white"]
+    jpeg, decoded = read_jpeg_and_pixels(encode_with_pillow(clean[0], 50, subsampling))
+    large = torch.nn.functional.interpolate(blurred(decoded[None]), scale_factor=scale, mode="bicubic").clamp(0, 1)
+    result = make_consistent(large, [jpeg])
+    means = torch.nn.functional.avg_pool2d((result.images * 255).round(), scale)
+    assert (means - means.round()).abs().max() < 1e-3 and result.fraction == 1
+    again = read_jpeg(written_by_pillow(means / 255, jpeg)).coefficients.planes
+    assert all(torch.equal(a, b) for a, b in zip(again, jpeg.coefficients.planes, strict=True))
+
+
+def test_strength_zero_returns_the_images_and_runs_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fraction is that of the rounded images; a sampler's result is rounded all the same."""
+    clean = photograph(40, 56)
+    jpeg = read_jpeg(encode_with_pillow(clean[0], 20))
+    expected = make_consistent((blurred(clean) * 255).round() / 255, [jpeg], strength=0.0)
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("the loop ran")
+
+    monkeypatch.setattr("restoration.jpeg.consistency.agreeing_levels", never)
+    result = make_consistent(blurred(clean), [jpeg], strength=0.0)
+    assert torch.equal(result.images, blurred(clean)) and result.fraction == expected.fraction < 1
+    finished = JPEGConstraint(jpeg, strength=0.0).finish(blurred(clean)) * 255
+    assert torch.equal(finished.round(), (blurred(clean) * 255).round()) and (finished % 1 - 0.5).abs().min() > 0.49
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("closed_loop", [True, False])
+def test_what_is_no_number_is_refused_and_the_picture_named(value: float, closed_loop: bool) -> None:
+    clean = photograph(40, 56)
+    jpeg = read_jpeg(encode_with_pillow(clean[0], 20), name="cat.jpg")
+    images = torch.cat([clean, clean])
+    images[1, 0, 3, 4] = value
+    with pytest.raises(ValueError, match=r"image 2 holds something that is no number .* in 1 of .*cat\.jpg\. Look at"):
+        make_consistent(images, [jpeg], closed_loop=closed_loop)
+    with pytest.raises(ValueError, match="image 1 holds something that is no number"):
+        JPEGConstraint(jpeg, closed_loop=closed_loop).finish(images[1:])
 
 
 def test_large_pictures_are_worked_on_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from .codec import (
     round_trip,
     ycbcr_to_rgb,
 )
-from .consistency import ConsistencyResult, JPEGConstraint, clamp_to_cells, make_consistent
+from .consistency import ConsistencyResult, JPEGConstraint, make_consistent
 from .file import (
     JPEGData,
     apply_orientation,
@@ -42,7 +42,6 @@ __all__ = [
     "QualityEstimate",
     "QuantizationCells",
     "apply_orientation",
-    "clamp_to_cells",
     "dct_to_image",
     "decode",
     "decode_pixels",

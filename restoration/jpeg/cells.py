@@ -26,8 +26,10 @@ class QuantizationCells:
     """The cells of one JPEG file, prepared once on a device.
 
     Each component is sampled down as the file's encoder does; changes of its samples are repeated over the pixels that
-    they span, which keeps the box means exact. Blocks that the picture fills in part only come nearer to their cells,
-    so that `project` never leads away from any picture that the file allows.
+    they span, which keeps the box means exact. Blocks that the picture fills in part only come nearer to their cells.
+    In the file's own components, coefficient by coefficient, `project` never leads away from any picture that the file
+    allows. RGB mixes the components, and errors of luma and chroma can cancel there: PSNR of RGB rises on average, and
+    can fall.
 
     Images are (B, 3, H, W) in [0, 1] on that device, upright (the file's EXIF orientation has been applied), of the
     file's size or larger by a whole factor, the same in both directions: then their box means are held to the file.
@@ -50,12 +52,13 @@ class QuantizationCells:
         """
         return self._moved(images, into_cell, strength, clip=True)
 
-    def shift(self, images: Tensor, *, clip: bool = False) -> Tensor:
+    def shift(self, images: Tensor) -> Tensor:
         """Move every coefficient by whole cells to its own: x - Dec(Enc(x)) + Dec(y) of DDRM-JPEG, eq. 13.
 
-        Where in its cell a coefficient lies does not change. Returns images of the same shape, type and device.
+        Where in its cell a coefficient lies does not change, and nothing is clipped. Returns images of the same shape,
+        type and device.
         """
-        return self._moved(images, to_cell, 1.0, clip)
+        return self._moved(images, to_cell, 1.0, clip=False)
 
     def expect(self, images: Tensor, spread: float) -> Tensor:
         """Replace every coefficient by its mean inside its cell, if it is off by `spread`, and clip to [0, 1].
@@ -69,16 +72,9 @@ class QuantizationCells:
 
         return self._moved(images, to_mean, 1.0, clip=True)
 
-    def decoded(self, *, clip: bool = True) -> Tensor:
-        """The file's continuous decode, (1, 3, H, W) float32, upright, on the device.
-
-        Without `clip` nothing is clipped, so that it is linear in the coefficients; chroma is then repeated over its
-        pixels, as the changes of `project` and `shift` are.
-        """
-        if clip:
-            whole = decode(self.jpeg.coefficients.to(self.device), round_to_8bit=False)
-        else:
-            whole = self._decoded_by_repetition()
+    def decoded(self) -> Tensor:
+        """The file's continuous decode, (1, 3, H, W) float32, upright, clipped to [0, 1], on the device."""
+        whole = decode(self.jpeg.coefficients.to(self.device), round_to_8bit=False)
         return apply_orientation(whole, self.jpeg.orientation)
 
     def agreement(self, images: Tensor, *, tolerance: float = FLOAT_TOLERANCE) -> float:
@@ -103,7 +99,7 @@ class QuantizationCells:
         height, width = images.shape[-2:]
         scale = height // jpeg.upright_height
         if scale < 1 or (height, width) != (scale * jpeg.upright_height, scale * jpeg.upright_width):
-            raise ValueError(_wrong_size(jpeg, height, width))
+            raise ValueError(wrong_size(jpeg, height, width, enlarged=True))
         return undo_orientation(images, jpeg.orientation), scale
 
     def strips(self, stored: Tensor, scale: int) -> Iterator[slice]:
@@ -141,14 +137,6 @@ class QuantizationCells:
             result[..., part, :] = _added(stored[..., part, :], change, scale, strength, clip)
         return apply_orientation(result, self.jpeg.orientation)
 
-    def _decoded_by_repetition(self) -> Tensor:
-        stored = torch.empty(1, 3, self.jpeg.height, self.jpeg.width, device=self.device)
-        for rows in self.strips(stored, 1):
-            blocks = [planes * steps for planes, steps in zip(self.planes_of(rows), self.steps, strict=True)]
-            levels = self.layout.spread(blocks, rows.stop - rows.start, self.jpeg.width) + 128
-            stored[..., rows, :] = levels / 255
-        return stored
-
 
 def into_cell(offset: Tensor, steps: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """The smallest change that brings coefficients into their cells, and `margin` levels away from the border."""
@@ -170,14 +158,13 @@ def _added(images: Tensor, change: Tensor, scale: int, strength: float, clip: bo
     return (moved if strength == 1 else torch.lerp(images.float(), moved, strength)).to(images.dtype)
 
 
-def _wrong_size(jpeg: JPEGData, height: int, width: int) -> str:
+def wrong_size(jpeg: JPEGData, height: int, width: int, *, enlarged: bool) -> str:
+    """What to say of images of another size than the file's; `enlarged` tells that whole factors are accepted."""
     expected = f"{jpeg.upright_width}x{jpeg.upright_height}"
     sentence = f"expected images of the JPEG's size, {expected}, got {width}x{height}. "
     if (width, height) == (jpeg.upright_height, jpeg.upright_width):
         return (
             sentence + f"The picture looks turned: apply the EXIF orientation of {jpeg.name} ({jpeg.orientation}) once."
         )
-    return sentence + (
-        f"Connect the picture that was restored from {jpeg.name}, not resized, or enlarged by a whole factor, the same "
-        "in both directions."
-    )
+    remedy = ", or enlarged by a whole factor, the same in both directions" if enlarged else ""
+    return sentence + f"Connect the picture that belongs to {jpeg.name}, not resized{remedy}."

@@ -22,7 +22,7 @@ MAX_ROUNDS = 12
 _PIXELS_AT_ONCE = 1_000_000
 _CLAMPS, _RELAXATION, _NEAR = 40, 1.9, 0.02  # the range of pixels makes one inexact, and blocks filled in part
 _FIRST_MARGIN, _LARGEST_MARGIN = 1.0, 0.35  # in levels, as is the noise of rounding (0.35); in steps of the table
-_FEW_WRONG, _PIXELS_MENDED, _CANDIDATES = 40, 48, 64  # the last wrong coefficients are mended pixel by pixel
+_FEW_WRONG, _PIXELS_MENDED, _CANDIDATES = 400, 48, 64  # the last wrong coefficients are mended pixel by pixel
 _LEVELS_MENDED = (1, 4, 12)
 _SAFETY = 0.1  # in levels: libjpeg's integers differ from the exact transform by less
 
@@ -113,6 +113,7 @@ def _search(
         for place in active.places.tolist():
             one = slice(place, place + 1)
             best[one] = _mended(layout, steps, best[one], [q[one] for q in planes])
+            check(1.0)
     return best, max_rounds
 
 

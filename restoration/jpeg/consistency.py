@@ -13,8 +13,6 @@ from .cells import FLOAT_TOLERANCE, QuantizationCells
 from .closed_loop import MAX_ROUNDS, Check, agreeing_levels, wrong_coefficients
 from .file import JPEGData, apply_orientation
 
-_SPREADS = 4
-
 
 @dataclass(frozen=True)
 class ConsistencyResult:
@@ -25,11 +23,6 @@ class ConsistencyResult:
     rounds: int
 
 
-def clamp_to_cells(images: Tensor, jpeg: JPEGData, strength: float = 1.0) -> Tensor:
-    """`QuantizationCells(jpeg, images.device).project(images, strength=strength)`, for a single use."""
-    return QuantizationCells(jpeg, images.device).project(images, strength=strength)
-
-
 def make_consistent(
     images: Tensor,
     jpegs: Sequence[JPEGData],
@@ -38,7 +31,6 @@ def make_consistent(
     closed_loop: bool = True,
     max_rounds: int = MAX_ROUNDS,
     check: Check = lambda done: None,
-    device: torch.device | str | None = None,
 ) -> ConsistencyResult:
     """Images among those that the files could have come from, near the given ones.
 
@@ -50,17 +42,18 @@ def make_consistent(
     Args:
         images: (B, 3, H, W) in [0, 1], upright, of the file's size or larger by a whole factor.
         jpegs: One for each image, or one for all.
-        strength: 0..1: how far to go from the images, linearly. The fraction is that of what is returned.
+        strength: 0..1: how far to go from the images, linearly; at 0 they are returned as they are, not rounded. The
+            fraction is that of what is returned, rounded with `closed_loop`.
         closed_loop: 8-bit images that agree after rounding.
         max_rounds: Of the closed loop, for each piece of the picture.
         check: Called after each round with the part that is done; may raise to interrupt.
-        device: Where it is computed; where the images are by default.
 
     Returns:
         Images of the same shape and device, float32, the fraction, and the number of rounds.
 
     Raises:
-        ValueError: The sizes or the number of files do not fit, or a value is outside of its range.
+        ValueError: The sizes or the number of files do not fit, a value is outside of its range, or an image holds
+            something that is NaN or infinite.
     """
     _check(images, jpegs, strength, max_rounds)
     results = torch.empty_like(images, dtype=torch.float32)
@@ -68,7 +61,7 @@ def make_consistent(
     cells = None
     for index, image in enumerate(images.split(1)):
         if cells is None or len(jpegs) > 1:
-            cells = QuantizationCells(jpegs[index], device or images.device)
+            cells = QuantizationCells(jpegs[index], images.device)
 
         def on_round(done: float, index: int = index) -> None:
             check((index + done) / len(images))
@@ -104,11 +97,10 @@ class JPEGConstraint:
 
     def finish(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], float32 in whole 8-bit levels, held to the file as `make_consistent` does."""
-        strength, closed_loop = self.strength, self.closed_loop
         result = make_consistent(
-            images, [self.jpeg], strength=strength, closed_loop=closed_loop, check=self.check
-        ).images
-        return result if closed_loop else (result * 255).round_().div_(255)
+            images, [self.jpeg], strength=self.strength, closed_loop=self.closed_loop, check=self.check
+        )
+        return (result.images * 255).round_().clamp_(0, 255).div_(255)
 
 
 def _open(cells: QuantizationCells, image: Tensor, strength: float) -> ConsistencyResult:
@@ -121,25 +113,48 @@ def _closed(
 ) -> ConsistencyResult:
     stored, scale = cells.stored(image.to(cells.device))
     given = stored.float() * 255
+    if strength == 0:
+        return ConsistencyResult(image.float(), _agreeing(cells, given.round().clamp_(0, 255), scale), 0)
     means = F.avg_pool2d(given, scale) if scale > 1 else given
     levels, rounds = agreeing_levels(cells, means, max_rounds, check)
     if scale > 1:
         levels = _enlarged(given, levels, scale)
     if strength < 1:
         levels = torch.lerp(given, levels, strength).round_().clamp_(0, 255)
+    upright = apply_orientation(levels / 255, cells.jpeg.orientation)
+    return ConsistencyResult(upright, _agreeing(cells, levels, scale), rounds)
+
+
+def _agreeing(cells: QuantizationCells, levels: Tensor, scale: int) -> float:
     means = F.avg_pool2d(levels, scale).round_() if scale > 1 else levels
     wrong, total = wrong_coefficients(cells, means)
-    upright = apply_orientation(levels / 255, cells.jpeg.orientation)
-    return ConsistencyResult(upright, 1 - wrong / total, rounds)
+    return 1 - wrong / total
 
 
 def _enlarged(given: Tensor, means: Tensor, scale: int) -> Tensor:
-    """Whole levels near the given ones whose box means are those, as far as the range of levels lets them."""
-    levels = given
-    for _ in range(_SPREADS):
-        change = means - F.avg_pool2d(levels, scale)
-        levels = (levels + change.repeat_interleave(scale, -2).repeat_interleave(scale, -1)).clamp_(0, 255)
-    return levels.round_()
+    """Whole levels near the given ones whose box means round to those, which are whole levels."""
+    levels = given.round().clamp_(0, 255)
+    for _ in range(scale**2):  # pixels at the end of the range stay; the others share what is left
+        left = _over_boxes(means - F.avg_pool2d(levels, scale), scale)
+        free = torch.where(left > 0, levels < 255, levels > 0) & (left != 0)
+        share = F.avg_pool2d(free.float(), scale)
+        if not bool(free.any()):
+            break
+        levels = torch.where(free, levels + left / _over_boxes(share, scale), levels).clamp_(0, 255)
+    return _rounded_boxes(levels, means, scale)
+
+
+def _rounded_boxes(levels: Tensor, means: Tensor, scale: int) -> Tensor:
+    """Levels rounded so that the mean of each box is the given one: those that lose most by it are rounded up."""
+    boxes = F.pixel_unshuffle(levels, scale).unflatten(1, (levels.shape[1], -1))
+    down = boxes.floor()
+    order = (down - boxes).argsort(2).argsort(2)
+    more = (means * scale**2).round().unsqueeze(2) - down.sum(2, keepdim=True)
+    return F.pixel_shuffle((down + (order < more)).clamp_(0, 255).flatten(1, 2), scale)
+
+
+def _over_boxes(means: Tensor, scale: int) -> Tensor:
+    return means.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
 def _check(images: Tensor, jpegs: Sequence[JPEGData], strength: float, max_rounds: int) -> None:
@@ -150,3 +165,10 @@ def _check(images: Tensor, jpegs: Sequence[JPEGData], strength: float, max_round
         )
     if not 0 <= strength <= 1 or max_rounds < 1:
         raise ValueError(f"expected a strength of 0 to 1 and at least 1 round, got {strength} and {max_rounds}.")
+    for number, image in enumerate(images, 1):
+        if missing := int(image.isfinite().logical_not_().sum()):
+            raise ValueError(
+                f"image {number} holds something that is no number (NaN or infinite) in {missing} of its values, so it "
+                f"can not be held to {jpegs[(number - 1) % len(jpegs)].name}. Look at the node that made it: a network "
+                "in half precision often does this; run it in float32."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import jpeglib
@@ -22,12 +23,12 @@ from restoration.jpeg import (
     apply_orientation,
     encode,
     encode_with_pillow,
-    jpeg_data_from,
     make_consistent,
     read_jpeg,
     read_jpeg_and_pixels,
     tables_for_quality,
 )
+from restoration.jpeg.sampling import Sampling, sampling_factors
 from restoration.metrics import psnr
 from tests.shared import shared_path
 
@@ -129,23 +130,48 @@ def test_above_quality_80_the_fraction_says_what_libjpeg_finds(tmp_path: Path, q
     assert result.fraction > {90: 0.999, 95: 0.98, 100: 0.8}[quality]
 
 
+def written_by_jpeglib(path: Path, image: Tensor, tables: Sequence[Tensor], sampling: Sampling) -> JPEGData:
+    """An 8-bit picture as a JPEG that libjpeg 6b writes, with any sampling."""
+    picture = jpeglib.from_spatial((image[0] * 255).round().byte().permute(1, 2, 0).numpy().copy())
+    if len(set(sampling)) == 1:
+        sampling = ((1, 1),) * 3  # the same file, but one that may be interleaved
+    picture.samp_factor = np.array([(vertical, horizontal) for horizontal, vertical in sampling])
+    steps = np.stack([table.reshape(8, 8).numpy().astype(np.uint16) for table in tables])
+    picture.write_spatial(str(path), qt=steps, quant_tbl_no=np.arange(3))
+    return read_jpeg(path)
+
+
 @pytest.mark.parametrize("name", ["4:4:0", "4:1:1", "2x2,2x1,1x2", "1x3,1x1,1x1", "2x2,2x2,2x2"])
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_samplings_that_pillow_does_not_write(name: str, height: int, width: int) -> None:
-    clean = photograph(height, width)
-    jpeg = jpeg_data_from(encode(clean, tables_for_quality(20), name), "a.jpg")
+def test_samplings_that_pillow_does_not_write(tmp_path: Path, name: str, height: int, width: int) -> None:
+    """libjpeg 6b, through jpeglib, writes the file and the result."""
+    clean, sampling = photograph(height, width), sampling_factors(name)
+    luma, chroma = tables_for_quality(20)
+    file = written_by_jpeglib(tmp_path / "file.jpg", clean, (luma, chroma, chroma), sampling)
+    assert name == "2x2,2x2,2x2" or file.coefficients.sampling == sampling
+    jpeg = dataclasses.replace(file, coefficients=dataclasses.replace(file.coefficients, sampling=sampling))
     result = make_consistent(blurred(clean), [jpeg])
-    again = encode(result.images, jpeg.tables, name)
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.planes, jpeg.coefficients.to(dtype=torch.float32).planes, strict=True)
-    )
+    again = written_by_jpeglib(tmp_path / "again.jpg", result.images, jpeg.tables, sampling).coefficients
+    assert all(torch.equal(a, b) for a, b in zip(again.planes, jpeg.coefficients.planes, strict=True))
     assert result.fraction == 1
 
 
 def test_rgb_files_agree_as_well() -> None:
+    """Pillow writes the file and the result without a change of colours."""
     clean = photograph(48, 50)
-    jpeg = jpeg_data_from(encode(clean, tables_for_quality(20), "4:4:4", color_space="rgb"), "rgb.jpg")
-    assert make_consistent(blurred(clean), [jpeg]).fraction == 1
+
+    def written(image: Tensor) -> JPEGData:
+        buffer = io.BytesIO()
+        levels = (image[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(levels).save(buffer, "JPEG", quality=20, subsampling=0, keep_rgb=True)
+        return read_jpeg(buffer.getvalue())
+
+    jpeg = written(clean)
+    assert jpeg.color_space == "rgb"
+    result = make_consistent(blurred(clean), [jpeg])
+    again = written(result.images).coefficients.planes
+    assert all(torch.equal(a, b) for a, b in zip(again, jpeg.coefficients.planes, strict=True))
+    assert result.fraction == 1
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "gray"])

@@ -121,6 +121,27 @@ def test_pictures_of_another_size_are_refused(fresh, height, width, complaint):
         raise ValueError(str(result.error))
 
 
+def test_what_is_no_number_is_refused(fresh):
+    image = photo(40, 48).clone()
+    image[0, 5, 6, 1] = float("nan")
+    graph = Graph()
+    jpeg = graph.image([file_of(fresh, photo(40, 48))])
+    held = graph.add("JPEGConsistency", image=[graph.image(image), 0], jpeg=[jpeg, 0], strength=1.0, closed_loop=True)
+    graph.sink([held, 0])
+    result = fresh.run(graph.prompt)
+    assert not result.success and "image 1 holds something that is no number" in str(result.error)
+
+
+def test_driftrec_says_that_a_picture_is_turned(fresh):
+    graph = Graph()
+    jpeg = graph.image([file_of(fresh, photo(40, 48))])
+    graph.sink(
+        [graph.sample([graph.image(photo(48, 40)), 0], restorer="test-regression.safetensors", jpeg=[jpeg, 0]), 0]
+    )
+    result = fresh.run(graph.prompt)
+    assert not result.success and "got 40x48. The picture looks turned" in str(result.error)
+
+
 def test_a_png_that_is_no_jpeg_is_refused_with_a_remedy(fresh):
     buffer = io.BytesIO()
     Image.new("RGB", (24, 24), (90, 120, 40)).save(buffer, "PNG")

@@ -112,7 +112,10 @@ def _search(
     if fewest.sum() <= _FEW_WRONG:
         for place in active.places.tolist():
             one = slice(place, place + 1)
-            best[one] = _mended(layout, steps, best[one], [q[one] for q in planes])
+            own = [q[one] for q in planes]
+            mended = _mended(layout, steps, best[one], own)
+            if int(_count(_wrong(layout, steps, mended, own))) < int(fewest[place]):
+                best[one] = mended
             check(1.0)
     return best, max_rounds
 

@@ -102,7 +102,15 @@ def test_half_precision_tells_the_same_quality() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "weights/README.md", "docs/driftrec.md", "docs/sodiff.md", "docs/ddrm.md", "docs/benchmarks.md"],
+    [
+        "README.md",
+        "weights/README.md",
+        "docs/driftrec.md",
+        "docs/sodiff.md",
+        "docs/ddrm.md",
+        "docs/consistency.md",
+        "docs/benchmarks.md",
+    ],
 )
 def test_pages_have_no_gaps_and_their_links_lead_somewhere(page: str) -> None:
     path = ROOT / page

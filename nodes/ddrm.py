@@ -8,6 +8,7 @@ from ..restoration.diffusion.prior import DiffusionPrior
 from ..restoration.jpeg import JPEGData
 from ..restoration.prior_pipeline import MEASUREMENTS, DDRMSettings, restore_ddrm
 from .images import join_image
+from .inputs import closed_loop_input, overlap_input, samples_input, seed_input, tile_input, weight_input
 from .runtime import ProgressReport, image_device, prepare_prior
 from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_jpegs, expect_restorer
 
@@ -108,20 +109,10 @@ def _inputs() -> list[io.Input]:
             max=1000,
             tooltip="Evaluations of the network for each sample. More than 20 change little.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Of the noise. The same seed gives the same picture; another one another plausible picture.",
-        ),
-        io.Int.Input(
-            "samples",
-            default=_DEFAULTS.samples,
-            min=1,
-            max=64,
-            tooltip="Restorations that are averaged: 1 keeps the most texture, more come closer to the original on "
+        seed_input("Of the noise. The same seed gives the same picture; another one another plausible picture."),
+        samples_input(
+            _DEFAULTS.samples,
+            "Restorations that are averaged: 1 keeps the most texture, more come closer to the original on "
             "average. The time grows with it.",
         ),
         io.Int.Input(
@@ -133,58 +124,35 @@ def _inputs() -> list[io.Input]:
             advanced=True,
             tooltip="How much noise sampling starts with, a timestep of the prior: more lets it invent more.",
         ),
-        _weight(
+        weight_input(
             "eta",
             _DEFAULTS.eta,
-            0.0,
             "Share of fresh noise at each step; below 1 the prediction's own noise is kept in part.",
         ),
-        _weight(
+        weight_input(
             "eta_b",
             float(_AUTOMATIC),
-            -1.0,
             "Weight of the file at each step, 0 to 1. -1 takes what suits the measurement: 0.4 for shift and paper, "
             "1 for the others.",
+            lowest=-1.0,
         ),
-        io.Int.Input(
-            "tile",
-            default=0,
-            min=0,
-            max=8192,
-            step=16,
-            optional=True,
-            advanced=True,
-            tooltip="Side of the tiles that larger pictures are split into, pixels; 0 takes the size that the prior "
+        tile_input(
+            0,
+            "Side of the tiles that larger pictures are split into, pixels; 0 takes the size that the prior "
             "was trained on, or 1024 where it takes any. It is halved when memory runs out.",
         ),
-        io.Int.Input(
-            "overlap",
-            default=64,
-            min=0,
-            max=512,
-            step=16,
-            optional=True,
-            advanced=True,
-            tooltip="Pixels that neighbouring tiles share, at most half a tile; they are blended there at each step.",
+        overlap_input(
+            "Pixels that neighbouring tiles share, at most half a tile; they are blended there at each step."
         ),
-        io.Float.Input(
+        weight_input(
             "consistency",
-            default=_DEFAULTS.consistency,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            round=0.001,
-            optional=True,
-            advanced=True,
-            tooltip="How far the result, the average, is moved into what the file allows: 1 all the way, 0 not at all. "
+            _DEFAULTS.consistency,
+            "How far the result, the average, is moved into what the file allows: 1 all the way, 0 not at all. "
             "Not with the measurement paper.",
         ),
-        io.Boolean.Input(
-            "closed_loop",
-            default=_DEFAULTS.closed_loop,
-            optional=True,
-            advanced=True,
-            tooltip="Encode the rounded result again and mend it until it gives the file's own coefficients. Off, "
+        closed_loop_input(
+            _DEFAULTS.closed_loop,
+            "Encode the rounded result again and mend it until it gives the file's own coefficients. Off, "
             "rounding to 8 bits moves some of them out again.",
         ),
         io.Int.Input(
@@ -198,20 +166,6 @@ def _inputs() -> list[io.Input]:
             "others.",
         ),
     ]
-
-
-def _weight(name: str, default: float, lowest: float, tooltip: str) -> io.Input:
-    return io.Float.Input(
-        name,
-        default=default,
-        min=lowest,
-        max=1.0,
-        step=0.05,
-        round=0.001,
-        optional=True,
-        advanced=True,
-        tooltip=tooltip,
-    )
 
 
 def _of_one_size(jpegs: list[JPEGData]) -> list[JPEGData]:

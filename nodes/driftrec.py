@@ -14,6 +14,7 @@ from ..restoration.jpeg import JPEGConstraint, JPEGData
 from ..restoration.jpeg.cells import wrong_size
 from ..restoration.pipelines import Compute, DriftRecSettings, restore_driftrec, restore_regression
 from .images import join_image, split_image
+from .inputs import closed_loop_input, overlap_input, samples_input, seed_input, tile_input, weight_input
 from .runtime import ProgressReport, image_device, prepare_compute
 from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_jpegs, expect_restorer
 
@@ -96,21 +97,13 @@ def _inputs() -> list[io.Input]:
             tooltip="Steps of the sampler, each an evaluation of the network (two with euler_heun). rk45 chooses "
             "its own. Ignored by a regression restorer.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Of the noise. The same seed gives the same picture; another one gives another plausible "
-            "picture. Ignored by a regression restorer.",
+        seed_input(
+            "Of the noise. The same seed gives the same picture; another one gives another plausible "
+            "picture. Ignored by a regression restorer."
         ),
-        io.Int.Input(
-            "samples",
-            default=_DEFAULTS.samples,
-            min=1,
-            max=64,
-            tooltip="Restorations that are averaged: 1 keeps the most texture, more come closer to the original on "
+        samples_input(
+            _DEFAULTS.samples,
+            "Restorations that are averaged: 1 keeps the most texture, more come closer to the original on "
             "average. The time grows with it. Ignored by a regression restorer.",
         ),
         io.Combo.Input(
@@ -149,45 +142,21 @@ def _inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Error that the sampler rk45 allows itself; smaller takes more evaluations. Others ignore it.",
         ),
-        io.Int.Input(
-            "tile",
-            default=1024,
-            min=0,
-            max=8192,
-            step=16,
-            optional=True,
-            advanced=True,
-            tooltip="Side of the tiles that larger images are split into, pixels; 0 runs images whole. It is halved "
+        tile_input(
+            1024,
+            "Side of the tiles that larger images are split into, pixels; 0 runs images whole. It is halved "
             "when memory runs out.",
         ),
-        io.Int.Input(
-            "overlap",
-            default=64,
-            min=0,
-            max=512,
-            step=16,
-            optional=True,
-            advanced=True,
-            tooltip="Pixels that neighbouring tiles share, at most half a tile; they are blended there.",
-        ),
-        io.Float.Input(
+        overlap_input("Pixels that neighbouring tiles share, at most half a tile; they are blended there."),
+        weight_input(
             "consistency",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            round=0.001,
-            optional=True,
-            advanced=True,
-            tooltip="With jpeg connected: how far each prediction and the result are moved into what the file allows. "
+            1.0,
+            "With jpeg connected: how far each prediction and the result are moved into what the file allows. "
             "1 all the way, 0 not at all.",
         ),
-        io.Boolean.Input(
-            "closed_loop",
-            default=True,
-            optional=True,
-            advanced=True,
-            tooltip="With jpeg connected: encode the rounded result again and mend it until it gives the file's own "
+        closed_loop_input(
+            True,
+            "With jpeg connected: encode the rounded result again and mend it until it gives the file's own "
             "coefficients. Off, rounding to 8 bits moves some of them out again.",
         ),
     ]

@@ -209,8 +209,8 @@ def test_jpeg_data_of_another_picture(fresh):
     """Another size, a turned picture, another number of images, something else altogether."""
     save_jpeg(fresh, "small.jpg", photo(16, 24))
     data = loaded(fresh, "small.jpg")
-    assert "24x16 upright, got 40x16" in sample(fresh, torch.zeros(1, 16, 40, 3), data)
-    assert "24x16 upright, got 16x24" in sample(fresh, torch.zeros(1, 24, 16, 3), data)
+    assert "size, 24x16, got 40x16" in sample(fresh, torch.zeros(1, 16, 40, 3), data)
+    assert "looks turned" in sample(fresh, torch.zeros(1, 24, 16, 3), data)
     assert "each of the 3 images" in sample(fresh, torch.zeros(3, 16, 24, 3), data * 2)
     assert "JPEG_DATA of this pack" in sample(fresh, torch.zeros(1, 16, 24, 3), ["nonsense"])
 

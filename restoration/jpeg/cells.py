@@ -163,8 +163,7 @@ def wrong_size(jpeg: JPEGData, height: int, width: int, *, enlarged: bool) -> st
     expected = f"{jpeg.upright_width}x{jpeg.upright_height}"
     sentence = f"expected images of the JPEG's size, {expected}, got {width}x{height}. "
     if (width, height) == (jpeg.upright_height, jpeg.upright_width):
-        return (
-            sentence + f"The picture looks turned: apply the EXIF orientation of {jpeg.name} ({jpeg.orientation}) once."
-        )
+        once = f"apply the EXIF orientation of {jpeg.name} ({jpeg.orientation}) once" if jpeg.orientation > 1 else ""
+        return sentence + f"The picture looks turned: {once or 'turn it back'}."
     remedy = ", or enlarged by a whole factor, the same in both directions" if enlarged else ""
     return sentence + f"Connect the picture that belongs to {jpeg.name}, not resized{remedy}."

@@ -58,6 +58,14 @@ def evaluation_pictures(folder: Path | None, limit: int = 0) -> list[tuple[str, 
     return [(path.stem, _read(path)) for path in paths[: limit or None]]
 
 
+def centre(picture: Tensor, side: int) -> Tensor:
+    """The square in the middle of a picture (3, H, W), as large as it allows; all of it where the side is 0."""
+    if not side:
+        return picture
+    top, left = (max(0, length - side) // 2 for length in picture.shape[-2:])
+    return picture[:, top : top + side, left : left + side]
+
+
 def jpeg_of(picture: Tensor, quality: int, subsampling: str = "4:2:0") -> Tensor:
     """A picture (3, H, W) after libjpeg's compression, as Pillow decodes it, (1, 3, H, W)."""
     return decode_pixels(encode_with_pillow(picture, quality, subsampling), name="benchmark.jpg")[None]

@@ -16,7 +16,7 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from benchmarks._common import WEIGHTS, evaluation_pictures, heading, load, mean
+from benchmarks._common import WEIGHTS, centre, evaluation_pictures, heading, load, mean
 from restoration.compute import Compute
 from restoration.diffusion.prediction import RegressionRestorer, ScoreDenoiser
 from restoration.diffusion.prior import DiffusionPrior
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     for name in options.restorers:
         if name in STARTERS and (path := WEIGHTS / f"{name}.safetensors").exists():
             restorers[name] = _restorer(path, options.device)
-    pictures = [_centre(picture, options.crop) for _, picture in evaluation_pictures(options.data, options.limit)]
+    pictures = [centre(picture, options.crop) for _, picture in evaluation_pictures(options.data, options.limit)]
     size = f"crops of {options.crop}" if options.crop else "whole"
     print(f"{heading(options.device)}, {len(pictures)} pictures, {size}\n\n| {COLUMNS} |")
     print("|" + "---|" * len(COLUMNS.split(" | ")), flush=True)
@@ -135,11 +135,3 @@ def _row(rows: list[dict[str, float]]) -> str:
 def _filtered(pixels: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     image = function(pixels[0].permute(1, 2, 0).numpy())
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float().clamp(0, 1)
-
-
-def _centre(picture: Tensor, crop: int) -> Tensor:
-    height, width = picture.shape[-2:]
-    if not crop:
-        return picture
-    top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
-    return picture[:, top : top + crop, left : left + crop]

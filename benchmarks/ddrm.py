@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks._common import WEIGHTS, evaluation_pictures, heading, load, mean, measure, perceptual
+from benchmarks._common import WEIGHTS, centre, evaluation_pictures, heading, load, mean, measure, perceptual
 from restoration.compute import Compute
 from restoration.diffusion.prior import DiffusionPrior, NoiseSchedule
 from restoration.jpeg import JPEGData, decode_pixels, encode_with_pillow, read_jpeg
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"{options.restorer.name} is of the family {metadata.family}, expected prior")
     prior.compute_dtype = options.dtype
     prior.network.to(options.dtype)
-    pictures = [_centre(picture, options.crop) for _, picture in evaluation_pictures(options.data, options.limit)]
+    pictures = [centre(picture, options.crop) for _, picture in evaluation_pictures(options.data, options.limit)]
     print(f"{heading(options.device)}, {options.restorer.name}, {str(options.dtype).removeprefix('torch.')}\n")
     if "operator" in options.tables:
         priors = {options.restorer.stem: prior}
@@ -154,14 +154,6 @@ def _published_shape(options: argparse.Namespace) -> DiffusionPrior:
 
 def _compressed(picture: Tensor, quality: int) -> JPEGData:
     return read_jpeg(encode_with_pillow(picture, quality), name="benchmark.jpg")
-
-
-def _centre(picture: Tensor, side: int) -> Tensor:
-    """The square in the middle, or all of the picture where the side is 0."""
-    if not side:
-        return picture
-    top, left = (max(0, (length - side) // 2) for length in picture.shape[-2:])
-    return picture[:, top : top + side, left : left + side]
 
 
 def _row(named: tuple[object, ...], row: dict[str, float], seconds: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks._common import WEIGHTS, evaluation_pictures, heading, jpeg_of, load, mean, measure, perceptual
+from benchmarks._common import WEIGHTS, centre, evaluation_pictures, heading, jpeg_of, load, mean, measure, perceptual
 from restoration.diffusion.prediction import ScoreDenoiser
 from restoration.pipelines import Compute, DriftRecSettings, restore_driftrec
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     if not isinstance(model, ScoreDenoiser):
         parser.error(f"{options.restorer.name} is of the family {metadata.family}, expected driftrec")
     clean = torch.stack(
-        [_centre(picture, options.crop) for _, picture in evaluation_pictures(options.data, options.limit)]
+        [centre(picture, options.crop) for _, picture in evaluation_pictures(options.data, options.limit)]
     )
     degraded = torch.cat([jpeg_of(picture, options.quality) for picture in clean])
     print(f"{heading(options.device)}, {options.restorer.name}")
@@ -68,11 +68,6 @@ def run(model: ScoreDenoiser, degraded: Tensor, settings: DriftRecSettings, devi
 def _measure(images: Tensor, clean: Tensor) -> dict[str, float]:
     lpips = perceptual()
     return mean([measure(image[None], other[None], lpips) for image, other in zip(images, clean, strict=True)])
-
-
-def _centre(picture: Tensor, side: int) -> Tensor:
-    top, left = (picture.shape[-2] - side) // 2, (picture.shape[-1] - side) // 2
-    return picture[:, top : top + side, left : left + side]
 
 
 def _row(sampler: str, budget: str, t_eps: str, evaluations: float, row: dict[str, float]) -> str:

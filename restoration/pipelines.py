@@ -26,6 +26,7 @@ __all__ = [
     "Progress",
     "embed_with_cave",
     "embed_with_saipe",
+    "finished",
     "predict_timesteps",
     "restore_driftrec",
     "restore_regression",
@@ -57,6 +58,7 @@ class DriftRecSettings:
         seed: Of the noise; every image of a batch gets the same.
         samples: Restorations that are averaged: more raise PSNR, fewer keep more texture.
         color: Correction of the colours against the compressed image, one of `COLOR_CORRECTIONS`.
+        strength: 0 gives the input back, 1 the restoration; in between they are blended.
     """
 
     sampler: str = "ode_2m"
@@ -66,6 +68,7 @@ class DriftRecSettings:
     seed: int = 0
     samples: int = 1
     color: str = "mean"
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value, known in (("sampler", self.sampler, SAMPLERS), ("color", self.color, COLOR_CORRECTIONS)):
@@ -110,13 +113,13 @@ def restore_driftrec(
         report = part_of(on_progress, index, len(images))
         restored = _average_of_samples(model, image, settings, compute, constraint, report)
         restored = COLOR_CORRECTIONS[settings.color](restored, image)
-        results.append(_finished(restored, constraint))
+        results.append(finished(image, restored, settings.strength, constraint))
     return to_8bit(torch.cat(results))
 
 
 def restore_regression(
     model: RegressionRestorer, images: Tensor, *, compute: Compute | None = None, color: str = "none",
-    constraints: Sequence[Constraint] | None = None, on_progress: OnProgress | None = None,
+    strength: float = 1.0, constraints: Sequence[Constraint] | None = None, on_progress: OnProgress | None = None,
 ) -> Tensor:  # fmt: skip
     """Restore images by one evaluation of a regression network; arguments as for `restore_driftrec`."""
     compute = compute or Compute()
@@ -127,7 +130,7 @@ def restore_regression(
         evaluated = _tiled(model, compute, (padded,), lambda part, report=report: report(part, None))
         restored = crop_to(evaluated, size)
         restored = COLOR_CORRECTIONS[color](restored, image)
-        results.append(_finished(restored, constraints[index] if constraints else None))
+        results.append(finished(image, restored, strength, constraints[index] if constraints else None))
         report(1.0, results[-1])
     return to_8bit(torch.cat(results))
 
@@ -141,7 +144,10 @@ def to_8bit(images: Tensor) -> Tensor:
     return (finite(images) * 255).round().clamp(0, 255) / 255
 
 
-def _finished(restored: Tensor, constraint: Constraint | None) -> Tensor:
+def finished(image: Tensor, restored: Tensor, strength: float, constraint: Constraint | None) -> Tensor:
+    """What a restoration of an image (1, 3, H, W) becomes in the end: blended with it, then held to what is certain."""
+    if strength != 1:
+        restored = torch.lerp(image.to(restored), restored, strength)
     return restored if constraint is None else constraint.finish(finite(restored).clamp(0, 1))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calibration import Calibration
@@ -20,24 +22,35 @@ class CaVEPrompt(nn.Module):
         config: Of CaVE.
         context_dim: Width of the tokens, that of the base model's cross-attention.
         timestep: At which the restorer was trained to denoise, 0 to 999.
+        most_tokens: Larger pictures' cells are averaged over their neighbours to so many tokens at most, so that time
+            grows with the pixels and not with their square; None for a token for each cell, as published.
         operations: Namespace of the layers: `torch.nn`, or one of ComfyUI's.
         dtype: Type of the weights.
         device: Where they are made.
     """
 
     def __init__(
-        self, config: CaVEConfig, context_dim: int, timestep: float, *, operations: ModuleType | type = nn,
-        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+        self, config: CaVEConfig, context_dim: int, timestep: float, most_tokens: int | None = None, *,
+        operations: ModuleType | type = nn, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.timestep = timestep
+        self.timestep, self.most_tokens = timestep, most_tokens
         self.network = CaVE(config, decoder=False, operations=operations, dtype=dtype, device=device)
         self.projection = operations.Linear(config.widths[-1], context_dim, dtype=dtype, device=device)
         self.compute_dtype = dtype or torch.float32
 
     def forward(self, features: Tensor) -> Tensor:
         """Tokens (B, cells, context_dim) of CaVE's features (B, C, rows, columns), row by row, without positions."""
-        return self.projection(cave_tokens(features))
+        return self.projection(cave_tokens(self._pooled(features)))
+
+    def _pooled(self, features: Tensor) -> Tensor:
+        rows, columns = features.shape[-2:]
+        if self.most_tokens is None or rows * columns <= self.most_tokens:
+            return features
+        shrink = math.sqrt(self.most_tokens / (rows * columns))
+        fewer = max(1, int(rows * shrink)), max(1, int(columns * shrink))
+        return F.adaptive_avg_pool2d(features, (min(fewer[0], self.most_tokens), min(fewer[1], self.most_tokens)))
 
 
 class SAIPEPrompt(nn.Module):

@@ -20,6 +20,7 @@ from .networks.cave import CaVEConfig
 from .networks.ddpm_unet import DDPMUNet, DDPMUNetConfig
 from .networks.ncsnpp import NCSNpp, NCSNppConfig
 from .networks.saipe import SAIPE, SAIPEConfig
+from .networks.small_unet import SmallUNetConfig
 from .networks.timestep_predictor import TimestepPredictor, TimestepPredictorConfig
 from .prompts import CaVEPrompt, QualityEstimator, SAIPEPrompt
 from .restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, load_part
@@ -28,6 +29,8 @@ _WIDEST = 4096
 _MOST_LEVELS = 10
 _MOST_BLOCKS = 100
 _MOST_CLASSES = 100_000
+DCT_SMALL = "dct-small"
+"""The kind of backbone that is a `SmallUNetConfig` on DCT latents: parts `unet` (by diffusers' names) and `codec`."""
 _PREDICTOR = "timestep"
 """The part of a file that holds the predictor of quality and timestep."""
 
@@ -76,6 +79,26 @@ def load_weights(restorer: Restorer, file: RestorerFile, *, assign: bool = False
         module = getattr(restorer, name)
         if module is not None:
             load_part(module, _single(file) if part == _PREDICTOR else file, part, assign=assign)
+
+
+def backbone_of(metadata: RestorerMetadata, name: str) -> SmallUNetConfig | None:
+    """The UNet that a one-step restorer brings along with its codec; None where it adapts a base model, or has none.
+
+    Raises:
+        RestorerFileError: Its configuration is not valid.
+    """
+    if metadata.family not in ("codiff", "sodiff") or metadata.base is not None:
+        return None
+    try:
+        described = dict(metadata.config["backbone"])
+        if described.pop("kind") != DCT_SMALL:
+            raise ValueError(f"a backbone of the kind {metadata.config['backbone']['kind']!r}, not {DCT_SMALL!r}")
+        config = SmallUNetConfig(**described)
+        if config.context_dim != metadata.config["context_dim"]:
+            raise ValueError(f"context_dim {metadata.config['context_dim']!r}, but a backbone of {config.context_dim}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RestorerFileError(f"{name}: its backbone is not valid ({error}). Download or export it again.") from error
+    return config
 
 
 def _single(file: RestorerFile) -> RestorerFile:
@@ -134,7 +157,10 @@ def _build_codiff(config: dict[str, Any], factory: dict[str, Any]) -> CaVEPrompt
         raise ValueError(f"a CaVE of widths {cave.widths} and {cave.blocks} blocks is no restorer's")
     if not isinstance(context_dim, int) or not 0 < context_dim <= _WIDEST:
         raise ValueError(f"tokens of width {context_dim!r} are no restorer's")
-    return CaVEPrompt(cave, context_dim, timestep, **factory)
+    most_tokens = config.get("most_tokens")
+    if most_tokens is not None and (not isinstance(most_tokens, int) or most_tokens < 1):
+        raise ValueError(f"most_tokens {most_tokens!r}, neither null nor a number of tokens")
+    return CaVEPrompt(cave, context_dim, timestep, most_tokens, **factory)
 
 
 def _build_sodiff(config: dict[str, Any], factory: dict[str, Any]) -> SAIPEPrompt:

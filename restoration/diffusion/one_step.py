@@ -55,3 +55,16 @@ def predict_x0(latent: Tensor, eps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     # Cast before they move: not every device has float64.
     signal, noise = (value.sqrt().to(dtype).to(latent.device) for value in (abar, 1 - abar))
     return (latent.to(dtype) - noise * eps.to(dtype)) / signal
+
+
+def remove_residual(latent: Tensor, residual: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """x0 = z - sqrt(1 - abar) F, for `alphas_cumprod` a scalar or one for each item of the batch; float32 at least.
+
+    How the small restorers read a network's output F (docs/starter.md): what compression did to the latent z is
+    taken away, the more of it the later the timestep, and the signal keeps its size. With `predict_x0` the network would
+    have to learn first how to undo the division by sqrt(abar).
+    """
+    dtype = torch.promote_types(latent.dtype, torch.float32)
+    abar = alphas_cumprod.reshape(-1, *(1,) * (latent.dim() - 1))
+    noise = (1 - abar).sqrt().to(dtype).to(latent.device)
+    return latent.to(dtype) - noise * residual.to(dtype)

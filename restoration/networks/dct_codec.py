@@ -108,4 +108,3 @@ def _full_resolution(coefficients: Coefficients) -> list[Tensor]:
             blocks = forward_dct(spread[..., :height, :width])
         found.append(blocks)
     return found
-

@@ -61,7 +61,7 @@ def remove_residual(latent: Tensor, residual: Tensor, alphas_cumprod: Tensor) ->
     """x0 = z - sqrt(1 - abar) F, for `alphas_cumprod` a scalar or one for each item of the batch; float32 at least.
 
     How the small restorers read a network's output F (docs/starter.md): what compression did to the latent z is
-    taken away, the more of it the later the timestep, and the signal keeps its size. With `predict_x0` the network would
+    taken away, the more of it the later the timestep, and the signal keeps its size. With `predict_x0` a network would
     have to learn first how to undo the division by sqrt(abar).
     """
     dtype = torch.promote_types(latent.dtype, torch.float32)

@@ -18,8 +18,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..restoration.latent_tiling import LatentTile, gaussian_weights, latent_tiles
-from ..restoration.tiling import is_out_of_memory_error
+from ..restoration.tiling import LatentTile, gaussian_weights, is_out_of_memory_error, latent_tiles
 
 TILINGS = ("auto", "always", "never")
 _KEY = "jpeg_restorer"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from restoration.exact_tiling import tile_count, tiled_exactly
+from restoration.tiling import tile_count, tiled_exactly
 
 
 def kernel(outputs, inputs, size, seed):

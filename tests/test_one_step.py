@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from scipy.stats import norm
 
 from restoration.diffusion.one_step import alphas_cumprod_sd, interpolate_alphas_cumprod, predict_x0
-from restoration.latent_tiling import gaussian_weights, latent_tiles
+from restoration.tiling import gaussian_weights, latent_tiles
 
 
 def scheduler() -> DDPMScheduler:

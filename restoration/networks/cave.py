@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..exact_tiling import tile_count, tiled_exactly
+from ..tiling import tile_count, tiled_exactly
 
 STRIDE = 32
 """Pixels along each side of a feature."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..exact_tiling import tiled_exactly
+from ..tiling import tiled_exactly
 
 _LARGEST = {"timesteps": 10_000, "patch": 32, "stem": 4096, "width": 1024, "blocks": 16, "hidden": 4096}
 """Bounds of a configuration, which may come from a file of anybody's."""

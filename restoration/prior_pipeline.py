@@ -17,7 +17,7 @@ from .diffusion.samplers import SamplerStep
 from .jpeg.file import JPEGData
 from .measurements import JPEGMeasurement, Measurement, PaperJPEGMeasurement
 from .noise import SampleNoise, sample_generator
-from .pipelines import to_8bit
+from .pipelines import finished, to_8bit
 from .tiling import Tiler, crop_to, pad_to_multiple
 
 MEASUREMENTS = ("soft", "projection", "shift", "paper")
@@ -45,6 +45,8 @@ class DDRMSettings:
         consistency: How far the result itself is moved into agreement, 0 not at all to 1.
         closed_loop: The result agrees in whole 8-bit levels, too, where it is all the way.
         label: The class of the pictures, for priors that are told one.
+        strength: 0 gives the decoded JPEG back, 1 the restoration; in between they are blended, before the result is
+            moved into agreement.
     """
 
     steps: int = 20
@@ -57,6 +59,7 @@ class DDRMSettings:
     consistency: float = 1.0
     closed_loop: bool = True
     label: int | None = None
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if self.measurement not in MEASUREMENTS:
@@ -64,7 +67,7 @@ class DDRMSettings:
         if self.samples < 1:
             raise ValueError(f"expected at least 1 sample, got {self.samples}.")
         ddrm_timesteps(self.steps, self.start)
-        shares = {"eta": self.eta, "eta_b": self.eta_b, "consistency": self.consistency}
+        shares = {"eta": self.eta, "eta_b": self.eta_b, "consistency": self.consistency, "strength": self.strength}
         for name, value in shares.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {value:g}.")
@@ -160,8 +163,9 @@ class _Picture:
                 total = total + sample.clamp(0, 1)
             done = numbers.stop
             self.report(_SAMPLING * done / samples, total / done)
-        mean = total / samples
-        result = self._measurement(torch.device("cpu")).finish(mean) if self.settings.consistency else to_8bit(mean)
+        measurement = self._measurement(torch.device("cpu"))
+        mean = finished(measurement.observed, total / samples, self.settings.strength, None)
+        result = measurement.finish(mean) if self.settings.consistency else to_8bit(mean)
         self.report(1.0, result)
         return result
 

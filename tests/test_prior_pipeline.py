@@ -138,6 +138,16 @@ def test_samples_are_averaged_after_clipping():
     assert torch.allclose(finals[-1], first, atol=0.51 / 255)
 
 
+def test_strength_blends_with_the_decoded_file_before_it_is_held_to_it():
+    """0 is the file's decode, 1 what no strength gives, and in between levels lie in between."""
+    source = jpeg(quality=30)
+    free = {"consistency": 0.0, **FAST}
+    none, half, full = (restore_ddrm(prior(), [source], DDRMSettings(strength=s, **free)) for s in (0.0, 0.5, 1.0))
+    assert (none - QuantizationCells(source).decoded()).abs().max() < 0.6 / 255
+    assert torch.equal(full, restore_ddrm(prior(), [source], DDRMSettings(**free)))
+    assert (half - (none + full) / 2).abs().max() < 1.1 / 255 and not torch.equal(none, full)
+
+
 def test_more_samples_come_closer_to_their_mean():
     file, settings = jpeg(), {"steps": 3, "measurement": "shift", "consistency": 0.0}
     many = restore_ddrm(prior(), [file], DDRMSettings(samples=64, seed=9, **settings))
@@ -293,6 +303,7 @@ def test_interruption_stops_at_the_next_tile():
         ({"eta": 2.0}, "eta between 0 and 1"),
         ({"eta_b": 1.1}, "eta_b between 0 and 1"),
         ({"consistency": -0.1}, "consistency between 0 and 1"),
+        ({"strength": 1.5}, "strength between 0 and 1"),
     ],
 )
 def test_settings_are_checked_in_words(options, said):

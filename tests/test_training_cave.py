@@ -100,7 +100,7 @@ def test_only_a_whitened_start_looks_at_pictures() -> None:
     for initialization in ("published", "whitened"):
         task = CaVETask(small(initialization=initialization))
         before = task.model.m_head.weight.clone()
-        task.look(batch()["degraded"])
+        task.look(batch()["degraded"], batch()["clean"])
         assert torch.equal(task.model.m_head.weight, before) == (initialization == "published")
 
 

@@ -173,7 +173,7 @@ def test_the_predictor_answers_in_training_as_in_use(config: SODiffConfig) -> No
     predictor = task.model.prompt.predictor
     norm, given = next(part for part in predictor.modules() if isinstance(part, nn.BatchNorm2d)), []
     hook = norm.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    task.look(seen)
+    task.look(seen, seen)
     hook.remove()
     responses = torch.cat(given)
     torch.testing.assert_close(norm.running_mean, responses.mean(dim=(0, 2, 3)), atol=1e-5, rtol=1e-4)
@@ -187,7 +187,7 @@ def test_the_predictor_answers_in_training_as_in_use(config: SODiffConfig) -> No
     kept = SODiffTask(config)
     kept.config = replace(config, predictor_from=Path("given"))
     before = {key: value.clone() for key, value in kept.model.state_dict().items()}
-    kept.look(seen)
+    kept.look(seen, seen)
     assert all(torch.equal(value, before[key]) for key, value in kept.model.state_dict().items())
 
 

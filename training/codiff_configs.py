@@ -6,18 +6,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from restoration.networks.cave import CaVEConfig
+from restoration.networks.small_unet import SmallUNetConfig
 from training import degradation as jpeg
-from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
+from training.configs import (
+    STARTER_DATA,
+    STARTER_OPTIMIZER,
+    STARTER_VALIDATION,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    ValidationConfig,
+)
 from training.losses import PerceptualConfig
-from training.one_step_configs import BaseConfig, LoRAConfig, check_precision, check_timestep
+from training.one_step_configs import (
+    Backbone,
+    BaseConfig,
+    LoRAConfig,
+    check_discriminator,
+    check_precision,
+    check_timestep,
+)
 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
     """The discriminator on the latents: the first half of another SD 2.1-base UNet, with adapters and a small head."""
 
-    discriminator: Literal["sd", "none"] = "sd"
-    """`none` trains without."""
+    discriminator: Literal["sd", "dct", "none"] = "sd"
+    """`sd`: as said. `dct`: a small network, for --backbone dct-small. `none` trains without."""
     weight: float = 5e-3
     """Weight of softplus(-D(x0)) in the generator's loss."""
     rank: int = 16
@@ -26,6 +43,8 @@ class AdversarialConfig:
     """Of its adapters."""
     timestep: float = 199.0
     """The timestep it is told; no noise is added."""
+    width: int = 96
+    """Channels of the discriminator `dct`, a multiple of 8; of the other settings only the weight is its own."""
     frozen_backbone: bool = False
     """As the authors' code ran it: without gradients through the UNet. Then only the head learns, and the generator is
     taught nothing by it."""
@@ -44,6 +63,10 @@ class CoDiffLossConfig:
 
     mse: float = 1.0
     """Weight of the mean squared error of pictures in [0, 1]."""
+    l1: float = 0.0
+    """Weight of the mean absolute error."""
+    embedder: float = 0.1
+    """With --backbone dct-small, where CaVE is trained as well: weight of the error of the quality, from 0 to 1."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """DISTS in the paper."""
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -58,9 +81,19 @@ class CoDiffConfig:
     JPEG Artifact Removal", 2025)."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    backbone: Backbone = "sd2.1-base"
+    """`sd2.1-base`: Stable Diffusion 2.1-base is adapted. `dct-small`: a small UNet on DCT latents and its CaVE are
+    trained whole; base, adapters and latents are not used then."""
+    unet: SmallUNetConfig = field(default_factory=SmallUNetConfig)
+    """For dct-small: the UNet."""
+    embedder: CaVEConfig = field(default_factory=lambda: CaVEConfig((8, 16, 32, 64), 1))
+    """For dct-small: CaVE, where --cave gives none."""
+    most_tokens: int = 256
+    """For dct-small: tokens of larger pictures are averaged until there are so many."""
     base: BaseConfig = field(default_factory=BaseConfig)
     cave: Path | None = None
-    """The first stage: a file that `python -m training cave` wrote, or a CODiff file, whose CaVE is taken. Required."""
+    """The first stage: a file that `python -m training cave` wrote, or a CODiff file, whose CaVE is taken.
+    Required, but for dct-small."""
     unet_lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters of the UNet; its first convolution is trained whole as well."""
     vae_lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -81,6 +114,7 @@ class CoDiffConfig:
     def __post_init__(self) -> None:
         check_timestep("timestep", self.timestep)
         check_precision(self.base, self.run)
+        check_discriminator(self.backbone, self.loss.adversarial.discriminator)
 
 
 _BATCH, _STEPS = 32, 100_000
@@ -128,9 +162,23 @@ PRESETS = {
     ),
     "24gb": _one_card("codiff-24gb", gradient_checkpointing=False),
     "12gb": _one_card("codiff-12gb", gradient_checkpointing=True),
-}
+    "starter": CoDiffConfig(
+        data=STARTER_DATA,
+        backbone="dct-small",
+        loss=CoDiffLossConfig(
+            mse=0.0, l1=1.0, perceptual=PerceptualConfig("none"), adversarial=AdversarialConfig("none")
+        ),
+        optimizer=STARTER_OPTIMIZER,
+        validation=STARTER_VALIDATION,
+        run=RunConfig(
+            output=Path("runs/starter-onestep-faithful"), images=64_000, batch=8, precision="bf16",
+            checkpoint_every=8_000, half=True,
+        ),
+    ),
+}  # fmt: skip
 """`paper`: the publication's, in batches of 32 (8 on each of four cards); its precision is not in the paper.
 `code`: what the authors' scripts do: batches of 64, weight decay 0.01, fp16, a discriminator that teaches nothing.
+`starter`: a small restorer from scratch, for a CPU, that stays true to the picture.
 `24gb`, `12gb`: `paper` on one card, 8 pictures at a time, everything frozen in bfloat16; `12gb` computes activations
 twice. Not measured on such cards, but counted from the shapes of all tensors that are alive at once: 17.5 and 7.4 GiB
 (22 for 8 pictures of `paper`), to which CUDA adds one or two. Optimisers in 8 bits would save 0.4."""

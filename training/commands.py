@@ -69,6 +69,10 @@ def _codiff_presets() -> dict[str, Any]:
 
 
 def _codiff(config: Any) -> Task:
+    if config.backbone == "dct-small":
+        from training.trainers.small_codiff import SmallCoDiffTask
+
+        return SmallCoDiffTask(config)
     from training.trainers.codiff import CoDiffTask
 
     return CoDiffTask(config)
@@ -93,6 +97,10 @@ def _sodiff_presets() -> dict[str, Any]:
 
 
 def _sodiff(config: Any) -> Task:
+    if config.backbone == "dct-small":
+        from training.trainers.small_sodiff import SmallSODiffTask
+
+        return SmallSODiffTask(config)
     from training.trainers.sodiff import SODiffTask
 
     return SODiffTask(config)
@@ -127,10 +135,12 @@ COMMANDS = {
     "regression": Command("train its baseline: the same network, one evaluation", _regression_presets, _regression),
     "prior": Command("train a prior for DDRM: a network that knows pictures in general", _prior_presets, _prior),
     "cave": Command("train CaVE, CODiff's first stage: the embedder of JPEG artefacts", _cave_presets, _cave),
-    "codiff": Command("train CODiff's second stage: a Stable Diffusion 2.1 that CaVE guides", _codiff_presets, _codiff),
+    "codiff": Command("train CODiff's second stage: SD 2.1 or a small UNet, guided by CaVE", _codiff_presets, _codiff),
     "saipe": Command("train SAIPE, SODiff's first stage: prompts seen in the picture", _saipe_presets, _saipe),
     "sodiff": Command(
-        "train SODiff's second stage: a Stable Diffusion 2.1 that SAIPE guides", _sodiff_presets, _sodiff
+        "train SODiff's second stage: SD 2.1 or a small UNet, guided by SAIPE",
+        _sodiff_presets,
+        _sodiff,
     ),
     "quality": Command("train SODiff's predictor to tell the JPEG quality alone", _quality_presets, _quality),
 }

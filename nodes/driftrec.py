@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..restoration.color import COLOR_CORRECTIONS
+from ..restoration.compute import OnProgress
 from ..restoration.diffusion.prediction import RegressionRestorer
 from ..restoration.diffusion.samplers import SAMPLERS
 from ..restoration.jpeg import JPEGConstraint, JPEGData
@@ -64,14 +65,10 @@ class DriftRecSample(io.ComfyNode):
             settings = DriftRecSettings(sampler, steps, tolerance, t_eps, seed, samples, color)
             expect_restorer(restorer, "driftrec", "regression")
             pictures, alpha = split_image(image)
-            jpegs = [] if jpeg is None else _one_each(jpeg, pictures)
+            jpegs = [] if jpeg is None else one_jpeg_each(jpeg, pictures)
             compute = prepare_compute(restorer, pictures.shape[-2], pictures.shape[-1], tile, overlap)
-            constraints = [
-                JPEGConstraint(one, consistency, closed_loop, check=lambda done: compute.check())
-                for one in jpegs
-                if consistency > 0
-            ]
-            restored = _restore(restorer, pictures, settings, compute, constraints)
+            constraints = constraints_of(jpegs, consistency, closed_loop, compute)
+            restored = restore_pixels(restorer, pictures, settings, compute, constraints, ProgressReport())
         return io.NodeOutput(join_image(restored, alpha, image_device()))
 
 
@@ -162,8 +159,12 @@ def _inputs() -> list[io.Input]:
     ]
 
 
-def _one_each(jpegs: Any, pictures: Tensor) -> list[JPEGData]:
-    """The JPEG of each picture; one serves a whole batch."""
+def one_jpeg_each(jpegs: Any, pictures: Tensor) -> list[JPEGData]:
+    """The JPEG of each picture (B, 3, H, W); one serves a whole batch.
+
+    Raises:
+        ValueError: It is no JPEG_DATA, or that of other pictures.
+    """
     jpegs = expect_jpegs(jpegs)
     if len(jpegs) not in (1, len(pictures)):
         raise ValueError(
@@ -175,28 +176,37 @@ def _one_each(jpegs: Any, pictures: Tensor) -> list[JPEGData]:
     return jpegs * len(pictures) if len(jpegs) == 1 else jpegs
 
 
-def _check_size(jpeg: JPEGData, height: int, width: int) -> None:
-    if (jpeg.upright_height, jpeg.upright_width) != (height, width):
-        raise ValueError(wrong_size(jpeg, height, width, enlarged=False))
+def constraints_of(
+    jpegs: list[JPEGData], consistency: float, closed_loop: bool, compute: Compute
+) -> list[JPEGConstraint]:  # fmt: skip
+    """What pictures are held to; nothing where the weight is 0."""
+    return [
+        JPEGConstraint(one, consistency, closed_loop, check=lambda done: compute.check())
+        for one in jpegs
+        if consistency > 0
+    ]
 
 
-def _restore(
-    restorer: Restorer,
-    pictures: Tensor,
-    settings: DriftRecSettings,
-    compute: Compute,
-    constraints: list[JPEGConstraint],
-) -> Tensor:
-    report = ProgressReport()
+def restore_pixels(
+    restorer: Restorer, pictures: Tensor, settings: DriftRecSettings, compute: Compute,
+    constraints: list[JPEGConstraint], report: OnProgress,
+) -> Tensor:  # fmt: skip
+    """Pictures (B, 3, H, W) restored by a restorer of the family driftrec or regression, whichever it is."""
     if isinstance(restorer.module, RegressionRestorer):
         return restore_regression(
             restorer.module,
             pictures,
             compute=compute,
             color=settings.color,
+            strength=settings.strength,
             constraints=constraints,
             on_progress=report,
         )
     return restore_driftrec(
         restorer.module, pictures, settings, compute=compute, constraints=constraints, on_progress=report
     )
+
+
+def _check_size(jpeg: JPEGData, height: int, width: int) -> None:
+    if (jpeg.upright_height, jpeg.upright_width) != (height, width):
+        raise ValueError(wrong_size(jpeg, height, width, enlarged=False))

@@ -94,6 +94,14 @@ class QFTimestepPredict(io.ComfyNode):
                     "were worse. A list gives one for each image.",
                 ),
                 exact_tile_input(),
+                io.Boolean.Input(
+                    "same_for_batch",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For frames of a film: all images of the batch get the mean of their timesteps, so that "
+                    "none is restored more than its neighbours.",
+                ),
             ],
             outputs=[
                 io.Float.Output(
@@ -114,13 +122,16 @@ class QFTimestepPredict(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, restorer: Restorer, image: Tensor, quality: float | Sequence[float] = -1.0, tile: int = 1024
-    ) -> io.NodeOutput:
+        cls, restorer: Restorer, image: Tensor, quality: float | Sequence[float] = -1.0, tile: int = 1024,
+        same_for_batch: bool = False,
+    ) -> io.NodeOutput:  # fmt: skip
         with errors_of("QFTimestepPredict"):
             module = expect_restorer(restorer, "sodiff", "quality")
             pictures, _ = split_image(image)
             given = torch.as_tensor(quality, dtype=torch.float32, device="cpu").flatten()
             timesteps, qualities = _predict(restorer, module, pictures, given, tile)
+            if same_for_batch:
+                timesteps = torch.tensor(timesteps).mean().expand(len(timesteps)).tolist()
         text = _described(timesteps, qualities, given.expand(len(pictures)).tolist())
         show_text(cls.hidden.unique_id, text)
         timestep = timesteps[0] if len(timesteps) == 1 or timesteps[0] == _UNKNOWN else timesteps

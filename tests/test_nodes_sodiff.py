@@ -160,6 +160,17 @@ def test_qualities_can_be_given_for_each_image(sodiff):
     assert mean == pytest.approx((60 + float(lines[1].split()[2].rstrip(","))) / 2, abs=0.1)
 
 
+def test_frames_of_a_film_share_the_mean_of_their_timesteps(sodiff):
+    """Quality 5 and 50 as two frames: one timestep between those that they get alone; the quality stays the mean."""
+    image = batch()
+    each, quality, _ = predicted(sodiff, image, RESTORER)
+    shared, same_quality, said = predicted(sodiff, image, RESTORER, same_for_batch=True)
+    assert each[0] != each[1] and shared == [pytest.approx(sum(each) / 2)] * 2 and same_quality == quality
+    assert said.count(f"timestep {shared[0]:.1f}") == 2
+    alone, _, _ = predicted(sodiff, image[:1], RESTORER, same_for_batch=True)
+    assert alone == pytest.approx(each[0], abs=0.01)
+
+
 def test_the_quality_alone_knows_no_timestep(sodiff):
     """Family quality: the estimate orders the qualities; -1 lets One-Step Denoise take the prompt's timestep."""
     image = torch.cat([compressed(photo(128, 128), quality) for quality in (8, 30, 80)])

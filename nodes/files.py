@@ -147,7 +147,9 @@ class LoadJPEGRestorer(io.ComfyNode):
         with errors_of("LoadJPEGRestorer"):
             path = restorer_path(restorer)
             loaded = load_restorer(path, DTYPES[dtype])
-            if loaded.metadata.base is not None:
+            if loaded.backbone is not None:
+                model, vae = loaded.backbone.model, loaded.backbone.vae
+            elif loaded.metadata.base is not None:
                 file = read_restorer(path)
                 model, vae = adapt_model(model, file), adapt_vae(vae, file)
         return io.NodeOutput(loaded, model, vae)

@@ -28,10 +28,12 @@ from ..restoration.networks.ncsnpp import NCSNppConfig
 from ..restoration.networks.saipe import SAIPE
 from ..restoration.networks.timestep_predictor import TimestepPredictor
 from ..restoration.pipelines import Compute, Progress
-from ..restoration.restorer_file import read_restorer
-from ..restoration.restorers import build_restorer, load_weights
+from ..restoration.restorer_file import RestorerFile, read_restorer
+from ..restoration.restorers import backbone_of, build_restorer, load_weights
 from ..restoration.tiling import Tiler, is_out_of_memory_error
-from .types import Restorer
+from .backbone import make_model
+from .dct_vae import make_vae
+from .types import Backbone, Restorer
 
 RESTORER_FOLDER = "jpeg_restorers"
 SHIPPED_WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -102,7 +104,7 @@ def load_restorer(path: str, dtype: torch.dtype | None = None) -> Restorer:
         RestorerFileError: The file is not a whole restorer, or not of a family that this version runs.
     """
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    dtype = dtype or default_dtype(device)
+    wanted, dtype = dtype, dtype or default_dtype(device)
     state = os.stat(path)
     key = (os.path.abspath(path), state.st_mtime_ns, state.st_size, dtype)
     if (restorer := _alive.get(key)) is not None:
@@ -115,8 +117,15 @@ def load_restorer(path: str, dtype: torch.dtype | None = None) -> Restorer:
     load_weights(module, file, assign=patcher.is_dynamic())
     module.eval().requires_grad_(False)
     module.compute_dtype = dtype
-    _alive[key] = restorer = Restorer(file.name, file.metadata, module, patcher, dtype)
+    backbone = _load_backbone(file, wanted)
+    _alive[key] = restorer = Restorer(file.name, file.metadata, module, patcher, dtype, backbone)
     return restorer
+
+
+def _load_backbone(file: RestorerFile, dtype: torch.dtype | None) -> Backbone | None:
+    if backbone_of(file.metadata, file.name) is None:
+        return None
+    return Backbone(make_model(file, dtype), make_vae(file))
 
 
 def activation_bytes(config: NCSNppConfig, height: int, width: int, dtype: torch.dtype) -> int:

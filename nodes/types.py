@@ -32,6 +32,14 @@ class NoJPEG:
 
 
 @dataclass(frozen=True, eq=False)
+class Backbone:
+    """What a one-step restorer brings along in place of a base model: core's MODEL and VAE."""
+
+    model: Any
+    vae: Any
+
+
+@dataclass(frozen=True, eq=False)
 class Restorer:
     """A restorer file that is loaded, ready for ComfyUI's memory manager.
 
@@ -41,6 +49,7 @@ class Restorer:
         module: The networks.
         patcher: ComfyUI's handle of `module`: it says on which device it runs and when it is moved there.
         dtype: In which type the networks compute.
+        backbone: Of a one-step restorer that adapts no base model.
     """
 
     name: str
@@ -48,6 +57,7 @@ class Restorer:
     module: RestorerModule
     patcher: Any
     dtype: torch.dtype
+    backbone: Backbone | None = None
 
 
 @contextmanager

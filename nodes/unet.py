@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..restoration.tiling import LatentTile, gaussian_weights, is_out_of_memory_error, latent_tiles
+from .dct_latent import plain
 
 TILINGS = ("auto", "always", "never")
 _KEY = "jpeg_restorer"
@@ -58,7 +59,7 @@ def denoise_once(model: Any, conditioning: Any, latent: Tensor, timesteps: Tenso
     Everything that core's samplers honour is honoured: weight patches, hooks, ControlNet, offloading, previews,
     interruption.
     """
-    sampling = unrounded(model.get_model_object("model_sampling"))
+    sampling, latent = unrounded(model.get_model_object("model_sampling")), plain(latent)
     sigma = sampling.sigma(timesteps)
     clone = model.clone()
     clone.add_object_patch("model_sampling", sampling)

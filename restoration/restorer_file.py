@@ -122,7 +122,17 @@ def load_part(module: nn.Module, file: RestorerFile, prefix: str, *, assign: boo
     Raises:
         RestorerFileError: Tensors are missing, left over or of another shape; the first of each are named.
     """
-    part, expected = file.part(prefix), module.state_dict()
+    part = file.part(prefix)
+    check_fit(part, module.state_dict(), file.name)
+    module.load_state_dict(part, assign=assign)
+
+
+def check_fit(part: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """See that the tensors of a file have the names and shapes that a network expects.
+
+    Raises:
+        RestorerFileError: Tensors are missing, left over or of another shape; the first of each are named.
+    """
     missing = sorted(expected.keys() - part.keys())
     extra = sorted(part.keys() - expected.keys())
     shapes = [
@@ -134,10 +144,9 @@ def load_part(module: nn.Module, file: RestorerFile, prefix: str, *, assign: boo
     if any(problems):
         found = "; ".join(problem for problem in problems if problem)
         raise RestorerFileError(
-            f"{file.name}: its tensors do not fit the network that its metadata describes ({found}). "
+            f"{name}: its tensors do not fit the network that its metadata describes ({found}). "
             "Export it again, or download it again."
         )
-    module.load_state_dict(part, assign=assign)
 
 
 def _listed(what: str, keys: list[str]) -> str:

@@ -202,7 +202,7 @@ def prepare_exact(
     halo = 2 * network.config.halo
     height, width = (min(side, tile + halo if tile else side) for side in shape[-2:])
     mm.load_models_gpu([restorer.patcher], memory_required=network.activation_bytes(height, width, dtype))
-    tiler = Tiler(tile, is_out_of_memory=_is_out_of_memory, release=mm.soft_empty_cache)
+    tiler = Tiler(tile, is_out_of_memory=is_out_of_memory, release=mm.soft_empty_cache)
     return Compute(restorer.patcher.load_device, tiler, mm.throw_exception_if_processing_interrupted)
 
 
@@ -267,7 +267,8 @@ def image_device() -> torch.device:
     return mm.intermediate_device()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says, in PyTorch's words or in ComfyUI's, that memory ran out."""
     return is_out_of_memory_error(error) or mm.is_oom(error)
 
 
@@ -277,10 +278,10 @@ def _prepare_tiles(
     """Bring a restorer to its device; how images of that (height, width) are run there, and what a tile takes."""
     align = math.lcm(_JPEG_GRID, restorer.module.network.config.size_multiple)
     device = restorer.patcher.load_device
-    tile = _fitting_tile(bytes_of, device, size, tile)
+    tile = fitting_tile(bytes_of, device, size, tile)
     needed = _tile_bytes(bytes_of, size, tile)
     mm.load_models_gpu([restorer.patcher], memory_required=needed)
-    tiler = Tiler(tile, overlap, align, is_out_of_memory=_is_out_of_memory, release=mm.soft_empty_cache)
+    tiler = Tiler(tile, overlap, align, is_out_of_memory=is_out_of_memory, release=mm.soft_empty_cache)
     return Compute(device, tiler, mm.throw_exception_if_processing_interrupted), needed
 
 
@@ -289,9 +290,17 @@ def _tile_bytes(bytes_of: Callable[[int, int], int], size: tuple[int, int], tile
     return bytes_of(height, width)
 
 
-def _fitting_tile(
+def fitting_tile(
     bytes_of: Callable[[int, int], int], device: torch.device, size: tuple[int, int], tile: int
 ) -> int:  # fmt: skip
+    """The side of tiles; on the CPU, where too little memory would end the program, halved until they fit.
+
+    Args:
+        bytes_of: What a tile of a height and width takes.
+        device: Where it runs.
+        size: Height and width of the images.
+        tile: Side that is wanted, pixels, 0 for whole images.
+    """
     if not mm.is_device_cpu(device):
         return tile
     free = mm.get_free_memory(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..restoration.tiling import LatentTile, gaussian_weights, is_out_of_memory_error, latent_tiles
+from .backbone import DCTModel, ResidualSampling
 from .dct_latent import plain
 
 TILINGS = ("auto", "always", "never")
@@ -26,6 +28,8 @@ _KEY = "jpeg_restorer"
 _SMALLEST_TILE = 32
 _DOWNSAMPLING = 8
 _SHARE_OF_MEMORY = 0.8
+_MOST_PREVIEWS = 20
+_UNCHANGED = "Connect the MODEL output of Load JPEG Restorer, without a node that changes its sampling."
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,19 @@ class Tiling:
         return Tiling(self.mode, tile, min(self.overlap, tile // 4)) if tile >= _SMALLEST_TILE else None
 
 
-def denoise_once(model: Any, conditioning: Any, latent: Tensor, timesteps: Tensor, tiling: Tiling) -> Tensor:
+def denoise_once(
+    model: Any, conditioning: Any, latent: Tensor, timesteps: Tensor, tiling: Tiling, *, previews: bool = True
+) -> Tensor:
     """x0 of a latent (B, C, H, W), read as noisy at `timesteps` (B,), by one evaluation through core's sampling.
 
     Everything that core's samplers honour is honoured: weight patches, hooks, ControlNet, offloading, previews,
     interruption.
     """
-    sampling, latent = unrounded(model.get_model_object("model_sampling")), plain(latent)
+    sampling, latent = unrounded(_sampling_of(model)), plain(latent)
     sigma = sampling.sigma(timesteps)
     clone = model.clone()
     clone.add_object_patch("model_sampling", sampling)
-    evaluation = _Evaluation(clone, tiling)
+    evaluation = _Evaluation(clone, tiling, previews)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, evaluation.apply)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, _KEY, evaluation.prepare)
 
@@ -87,12 +93,21 @@ def unrounded(sampling: Any) -> Any:
     discrete = comfy.model_sampling.ModelSamplingDiscrete
     if not isinstance(sampling, discrete) or type(sampling).timestep is not discrete.timestep:
         raise ValueError(
-            f"expected a model with Stable Diffusion's discrete timesteps, got {type(sampling).__name__}. Connect the "
-            "MODEL output of Load JPEG Restorer, without a node that changes its sampling."
+            f"expected a model with Stable Diffusion's discrete timesteps, got {type(sampling).__name__}. {_UNCHANGED}"
         )
     exact = copy.deepcopy(sampling)
     exact.__class__ = type(f"Unrounded{type(sampling).__name__}", (_Unrounded, type(sampling)), {})
     return exact
+
+
+def _sampling_of(model: Any) -> Any:
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(model.model, DCTModel) and not isinstance(sampling, ResidualSampling):
+        raise ValueError(
+            f"expected a restorer's own model as it is, which predicts residuals, got one with the sampling "
+            f"{type(sampling).__name__}. {_UNCHANGED}"
+        )
+    return sampling
 
 
 class _Unrounded:
@@ -109,8 +124,8 @@ class _Unrounded:
 class _Evaluation:
     """The network on a whole latent or on parts of it, remembering what fits."""
 
-    def __init__(self, model: Any, tiling: Tiling) -> None:
-        self.model = model
+    def __init__(self, model: Any, tiling: Tiling, previews: bool) -> None:
+        self.model, self.previews = model, previews
         self.tiling: Tiling | None = tiling if tiling.mode == "always" else None
         self.wanted = tiling
 
@@ -156,7 +171,8 @@ class _Evaluation:
 
     def _run(self, call: Callable[..., Tensor], x: Tensor, t: Tensor, inputs: dict[str, Any]) -> Tensor:
         parts = list(self._parts(x, aligned=inputs["control"] is not None))
-        report = latent_preview.prepare_callback(self.model, len(parts))
+        report = latent_preview.prepare_callback(self.model, len(parts)) if self.previews else _silent
+        each = math.ceil(len(parts) / _MOST_PREVIEWS)  # a preview takes time that grows with the whole latent
         blended = torch.zeros_like(x, dtype=torch.float32)
         total = torch.zeros_like(blended[:, :1])
         for number, (items, tile) in enumerate(parts):
@@ -169,7 +185,8 @@ class _Evaluation:
             weights = gaussian_weights(tile.height, tile.width).to(blended)
             blended[window] += x0.float() * weights
             total[window] += weights
-            report(number, torch.where(total > 0, blended / total.clamp(min=1e-30), x), x, len(parts))
+            if (number + 1) % each == 0 or number + 1 == len(parts):
+                report(number, torch.where(total > 0, blended / total.clamp(min=1e-30), x), x, len(parts))
         return blended / total
 
     def _parts(self, x: Tensor, *, aligned: bool) -> Iterator[tuple[slice, LatentTile]]:
@@ -177,12 +194,16 @@ class _Evaluation:
         if self.tiling is None:
             yield slice(0, len(x)), LatentTile(0, 0, height, width)
             return
-        align = _DOWNSAMPLING if aligned else 1
+        align = _DOWNSAMPLING if aligned else getattr(self.model.model, "tile_multiple", 1)
         tile = self.tiling.tile // align * align
         overlap = -(-self.tiling.overlap // align) * align
         for item in range(len(x)):
             for window in latent_tiles(height, width, tile, min(overlap, tile // 2 // align * align), align):
                 yield slice(item, item + 1), window
+
+
+def _silent(*_: Any) -> None:
+    """Where others report."""
 
 
 def _call(

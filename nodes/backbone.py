@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -116,8 +116,10 @@ class DCTModel(comfy.model_base.BaseModel):
 class _ModelConfig(comfy.supported_models_base.BASE):
     """How core makes the network."""
 
-    unet_extra_config: dict[str, Any] = {}
-    sampling_settings = {"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012}
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
+    sampling_settings: ClassVar[dict[str, Any]] = {
+        "beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012
+    }  # fmt: skip
 
     def __init__(self, backbone: SmallUNetConfig, latent_format: DCTLatentFormat) -> None:
         super().__init__(backbone.core_arguments())

@@ -10,6 +10,7 @@ from .consistency import JPEGConsistency
 from .ddrm import DDRMJPEGRestore
 from .driftrec import DriftRecSample
 from .files import LoadJPEG, LoadJPEGRestorer
+from .latent import JPEGToLatent
 from .one_step import CaVEEmbed, OneStepDenoise
 from .runtime import register_restorer_folders
 from .sodiff import QFTimestepPredict, SAIPEPrompt
@@ -25,6 +26,7 @@ class JPEGRestorerExtension(ComfyExtension):
         return [
             LoadJPEG,
             LoadJPEGRestorer,
+            JPEGToLatent,
             CaVEEmbed,
             SAIPEPrompt,
             QFTimestepPredict,

@@ -34,6 +34,7 @@ NODES = (
     "JPEGConsistency",
     "JPEGCompress",
     "JPEGMatchColor",
+    "JPEGToLatent",
 )
 LOG_LINES = 25
 

@@ -71,8 +71,7 @@ class LoadJPEG(io.ComfyNode):
     def execute(cls, image: str) -> io.NodeOutput:
         with errors_of("LoadJPEG"):
             path = _input_path(image)
-            load = _load_jpeg if picture_format(path) is None else _load_other
-            upright, jpeg, quality = load(path)
+            upright, jpeg, quality = load_picture(path)
         return io.NodeOutput(join_image(upright, None, image_device()), [jpeg], quality, Path(jpeg.name).stem)
 
     @classmethod
@@ -177,6 +176,17 @@ def picture_files() -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def load_picture(path: str) -> tuple[Tensor, JPEGData | NoJPEG, float]:
+    """Pixels (1, 3, H, W) in [0, 1], turned upright, what the file says, and its quality, read off or estimated.
+
+    Raises:
+        JPEGError: It can be used neither as a JPEG nor as another picture.
+        PictureError: It is another picture, and damaged.
+        ValueError: Its quality has to be estimated, and the network that does that is missing.
+    """
+    return _load_jpeg(path) if picture_format(path) is None else _load_other(path)
 
 
 def _load_jpeg(path: str) -> tuple[Tensor, JPEGData, float]:

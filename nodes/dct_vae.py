@@ -36,7 +36,7 @@ class DCTVAE(comfy.sd.VAE):
     """Encodes and decodes without loss, in single precision; tiled or not, the result and the memory are the same.
 
     Images whose sides are no multiples of 8 are extended at the bottom and right, so that the blocks of a JPEG stay
-    where they are and nothing is cut. Alpha is left out.
+    where they are and nothing is cut. The latent remembers their size, and decoding gives it back. Alpha is left out.
     """
 
     def __init__(self, codec: DCTCodec) -> None:
@@ -66,14 +66,14 @@ class DCTVAE(comfy.sd.VAE):
         latents = torch.empty(count, CHANNELS, height // BLOCK, width // BLOCK, device=self.output_device)
         for item, row, strip in self._strips(self.first_stage_model.encode, pictures, BLOCK, width):
             latents[item, :, row : row + strip.shape[1]] = strip
-        return guarded(latents)
+        return guarded(latents, tuple(pixel_samples.shape[1:3]))
 
     def encode_tiled(self, pixel_samples: Tensor, *_: Any, **__: Any) -> Tensor:
         """As `encode`, which needs no tiles."""
         return self.encode(pixel_samples)
 
     def decode(self, samples_in: Tensor, *_: Any, **__: Any) -> Tensor:
-        """An IMAGE (B, 8 h, 8 w, 3) of latents (B, 192, h, w).
+        """An IMAGE (B, H, W, 3) of latents (B, 192, h, w), of their pictures' size, or (8 h, 8 w) where none is known.
 
         Raises:
             ValueError: They are no such latents.
@@ -83,11 +83,12 @@ class DCTVAE(comfy.sd.VAE):
                 f"expected a latent of this VAE, (batch, {CHANNELS}, height, width), got {tuple(samples_in.shape)}. "
                 "Decode it with the VAE that it was encoded with."
             )
-        latents = plain(samples_in)
-        count, _channels, rows, columns = latents.shape
-        image = torch.empty(count, BLOCK * rows, BLOCK * columns, 3, device=self.output_device)
-        for item, row, strip in self._strips(self.first_stage_model.decode, latents, 1, BLOCK * columns):
-            image[item, BLOCK * row : BLOCK * row + strip.shape[1]] = strip.clamp_(0, 1).movedim(0, -1)
+        count, _channels, rows, columns = samples_in.shape
+        height, width = getattr(samples_in, "picture_size", None) or (BLOCK * rows, BLOCK * columns)
+        image = torch.empty(count, height, width, 3, device=self.output_device)
+        for item, row, strip in self._strips(self.first_stage_model.decode, plain(samples_in), 1, BLOCK * columns):
+            window = image[item, BLOCK * row : BLOCK * row + strip.shape[1]]
+            window.copy_(strip[:, : len(window), :width].clamp_(0, 1).movedim(0, -1))
         return image
 
     def decode_tiled(self, samples: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -56,15 +56,21 @@ class JPEGToLatent(io.ComfyNode):
                     "coefficients. Choose such a restorer in Load JPEG Restorer, or use VAE Encode."
                 )
             jpegs = expect_jpegs(jpeg, _REMEDY)
-            _check_sizes(jpegs)
+            size = _common_size(jpegs)
             latents = [vae.first_stage_model.encode_jpeg(one).to(mm.intermediate_device()) for one in jpegs]
-        return io.NodeOutput({"samples": guarded(torch.cat(latents))})
+        return io.NodeOutput({"samples": guarded(torch.cat(latents), size)})
 
 
-def _check_sizes(jpegs: list[JPEGData]) -> None:
-    sizes = sorted({(one.upright_width, one.upright_height) for one in jpegs})
+def _common_size(jpegs: list[JPEGData]) -> tuple[int, int]:
+    """Height and width, upright.
+
+    Raises:
+        ValueError: They differ.
+    """
+    sizes = sorted({(one.upright_height, one.upright_width) for one in jpegs})
     if len(sizes) > 1:
-        found = ", ".join(f"{width}x{height}" for width, height in sizes[:3])
+        found = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
         raise ValueError(
             f"expected JPEGs of one size, got {found}{' and more' if len(sizes) > 3 else ''}. Connect one at a time."
         )
+    return sizes[0]

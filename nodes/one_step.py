@@ -14,6 +14,7 @@ from torch import Tensor
 from ..restoration.diffusion.one_step import TIMESTEPS
 from ..restoration.pipelines import embed_with_cave
 from ..restoration.prompts import CaVEPrompt
+from .dct_latent import guarded
 from .images import split_image
 from .runtime import ProgressReport, prepare_exact
 from .types import Restorer, RestorerSocket, errors_of, expect_restorer
@@ -162,7 +163,7 @@ class OneStepDenoise(io.ComfyNode):
             timesteps = _timesteps(timestep, conditioning, len(samples))
             plan = _tiling(tiling, tile, overlap)
             restored = denoise_once(model, conditioning, samples, timesteps, plan)
-            restored = _inside_mask(latent, samples, restored)
+            restored = _of_same_size(latent["samples"], _inside_mask(latent, samples, restored))
         return io.NodeOutput({**latent, "samples": restored.to(mm.intermediate_device(), torch.float32).contiguous()})
 
 
@@ -240,6 +241,12 @@ def _own_timestep(conditioning: Any) -> float:
             f"{TIMESTEPS - 1} (CODiff: 499), connect QF Timestep Predict to it (SODiff), or connect CaVE Prompt."
         )
     return carried.pop()
+
+
+def _of_same_size(latent: Tensor, restored: Tensor) -> Tensor:
+    """The result, its picture as large as that of the input where the input knows."""
+    size = getattr(latent, "picture_size", None)
+    return restored if size is None else guarded(restored, size)
 
 
 def _inside_mask(latent: dict[str, Any], samples: Tensor, restored: Tensor) -> Tensor:

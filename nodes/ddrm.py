@@ -14,7 +14,7 @@ from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_j
 
 _DEFAULTS = DDRMSettings()
 _AUTOMATIC = -1
-_REMEDY = (
+JPEG_REMEDY = (
     "If it once was a JPEG, connect Compress to JPEG, which makes one of it, or restore it with a restorer that needs "
     "pixels only, such as DriftRec."
 )
@@ -77,7 +77,7 @@ class DDRMJPEGRestore(io.ComfyNode):
                 None if class_label < 0 else class_label,
             )
             prior: DiffusionPrior = expect_restorer(restorer, "prior")
-            jpegs = jpegs_of_one_size(expect_jpegs(jpeg, _REMEDY))
+            jpegs = jpegs_of_one_size(expect_jpegs(jpeg, JPEG_REMEDY))
             height, width = jpegs[0].upright_height, jpegs[0].upright_width
             compute, at_once = prepare_prior(restorer, height, width, samples, tile, overlap)
             restored = restore_ddrm(

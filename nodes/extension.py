@@ -10,8 +10,10 @@ from .consistency import JPEGConsistency
 from .ddrm import DDRMJPEGRestore
 from .driftrec import DriftRecSample
 from .files import LoadJPEG, LoadJPEGRestorer
+from .folder import LoadJPEGFolder
 from .latent import JPEGToLatent
 from .one_step import CaVEEmbed, OneStepDenoise
+from .restore import RestoreJPEG
 from .runtime import register_restorer_folders
 from .sodiff import QFTimestepPredict, SAIPEPrompt
 
@@ -25,6 +27,7 @@ class JPEGRestorerExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LoadJPEG,
+            LoadJPEGFolder,
             LoadJPEGRestorer,
             JPEGToLatent,
             CaVEEmbed,
@@ -33,6 +36,7 @@ class JPEGRestorerExtension(ComfyExtension):
             OneStepDenoise,
             DriftRecSample,
             DDRMJPEGRestore,
+            RestoreJPEG,
             JPEGConsistency,
             JPEGCompress,
             JPEGMatchColor,

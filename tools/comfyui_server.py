@@ -24,6 +24,7 @@ PACK = "comfyui-jpeg-restorer"
 PARTS = ("__init__.py", "nodes", "restoration", "weights", "web", "example_workflows", "locales", "pyproject.toml")
 NODES = (
     "LoadJPEG",
+    "LoadJPEGFolder",
     "LoadJPEGRestorer",
     "CaVEEmbed",
     "SAIPEPrompt",
@@ -31,6 +32,7 @@ NODES = (
     "OneStepDenoise",
     "DriftRecSample",
     "DDRMJPEGRestore",
+    "RestoreJPEG",
     "JPEGConsistency",
     "JPEGCompress",
     "JPEGMatchColor",

@@ -15,6 +15,7 @@ _SUMMARIES = {
     "ablate": "train a method without each of its parts in turn, and compare",
     "convert": "turn the authors' checkpoints into restorer files",
     "prepare": "make once what a training needs beside its pictures: captions",
+    "restore": "restore a folder of pictures with a restorer file",
 }
 
 
@@ -59,6 +60,10 @@ def _run(command: str, arguments: list[str]) -> int:
             from training.prepare import run as prepare
 
             prepare(arguments)
+        elif command == "restore":
+            from training.restore import run as restore
+
+            return restore(arguments)
         else:
             from training.convert import run as convert
 

@@ -1,0 +1,252 @@
+"""The work on a share of the pictures, one after the other, in this process or in several; what came of it."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from restoration.devices import accelerator_available
+from restoration.restorer_file import read_restorer
+from training.restore_plan import PlannedPicture
+from training.restore_settings import RestoreSettings
+from training.restorer_families import Loading, load_restorer
+from training.restoring import RestorePicture, read_source, restore_source
+from training.saving import OutputFormat, StaleParts, encode_picture, remove, write_whole
+
+_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process has to know.
+
+    Args:
+        restorer: The restorer file.
+        base: The base model that it adapts, or None.
+        settings: How pictures are restored.
+        dtype: Of the networks, or None for what suits the device.
+        format: Of the results.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        overwrite: Whether results that are there are made again.
+        metadata: Whether EXIF and the like are carried over.
+        total: Pictures of all processes, for the report.
+    """
+
+    restorer: Path
+    base: str | None
+    settings: RestoreSettings
+    dtype: torch.dtype | None
+    format: OutputFormat
+    device: str
+    overwrite: bool
+    metadata: bool
+    total: int
+
+
+@dataclass
+class Tally:
+    """What came of a share.
+
+    Args:
+        done: Pictures that were restored.
+        skipped: Pictures whose results were there.
+        failed: Name of each other picture, and why it was not restored.
+    """
+
+    done: int = 0
+    skipped: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.done + other.done, self.skipped + other.skipped, self.failed + other.failed)
+
+
+class NoRoomError(OSError):
+    """Nothing more can be written."""
+
+
+def choose_device(name: str, worker: int) -> torch.device:
+    """The device of a worker of this machine: CUDA devices are given out in turn.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if name == "auto":
+        name = "cpu" if not accelerator_available() else _accelerator()
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in available and not available[name]():
+        raise ValueError(f"expected a device {name}, but torch finds none here. Give --device cpu, or leave it out.")
+    return torch.device(name, worker % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+def _accelerator() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "xpu"
+
+
+def restore_share(
+    work: Work, pictures: Sequence[PlannedPicture], worker: int, go_on: Callable[[], bool] = lambda: True
+) -> Iterator[Tally]:
+    """Restore pictures one after the other, a line for each; what is there already is left alone.
+
+    Args:
+        work: What is the same for all.
+        pictures: The share.
+        worker: The number of this process on this machine, from 0.
+        go_on: Asked before each picture.
+
+    Yields:
+        What came of each picture.
+
+    Raises:
+        ValueError: The restorer cannot be used.
+        NoRoomError: The place of the results is full, or cannot be written to.
+    """
+    parts, restore = StaleParts(), None
+    for picture in pictures:
+        if not go_on():
+            return
+        if picture.target.exists() and not work.overwrite:
+            remove(parts.of(picture.target))
+            yield Tally(skipped=1)
+            continue
+        if restore is None:
+            loading = Loading(work.settings, choose_device(work.device, worker), work.dtype, work.base)
+            restore = load_restorer(read_restorer(work.restorer), loading)
+        yield _restore_one(work, picture, restore, parts.of(picture.target))
+
+
+def _restore_one(work: Work, picture: PlannedPicture, restore: RestorePicture, stale: Sequence[Path]) -> Tally:
+    started = time.perf_counter()
+    try:
+        remarks = _restored(work, picture, restore, stale)
+    except NoRoomError:
+        raise
+    except _FAILURES as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        _say(work, picture, f"not restored: {reason}")
+        return Tally(failed=[(picture.name, reason)])
+    _say(work, picture, f"{'; '.join(remarks)}; {time.perf_counter() - started:.1f} s")
+    return Tally(done=1)
+
+
+def _restored(work: Work, picture: PlannedPicture, restore: RestorePicture, stale: Sequence[Path]) -> list[str]:
+    """Restore and write one picture; returns remarks on it."""
+    source = read_source(picture.source, metadata=work.metadata)
+    work.format.check_size(source.pixels.shape[-1], source.pixels.shape[-2])
+    restored = restore_source(restore, source, consistency=work.settings.consistency)
+    data, notes = encode_picture(restored, work.format, source.carried)
+    try:
+        write_whole(picture.target, data, stale)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            where = picture.target.parent
+            raise NoRoomError(f"{where} takes no more ({error.strerror}): make room and repeat the command") from error
+        raise
+    return [source.description, *notes]
+
+
+def _say(work: Work, picture: PlannedPicture, text: str) -> None:
+    print(f"[{picture.number}/{work.total}] {picture.name}: {text}", flush=True)
+
+
+def restore_in_processes(
+    work: Work, pictures: Sequence[PlannedPicture], jobs: int, first: int
+) -> Iterator[Tally]:  # fmt: skip
+    """Restore a share in several processes on this machine, each with its part of the threads.
+
+    Args:
+        work: What is the same for all.
+        pictures: The share.
+        jobs: How many processes.
+        first: The number of the first one on this machine.
+
+    Yields:
+        What came of each picture, and of each process that was killed.
+
+    Raises:
+        ValueError: The restorer cannot be used.
+        NoRoomError: The place of the results is full, or cannot be written to.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // jobs)
+    running: dict[Any, BaseProcess] = {}
+    try:
+        for job in range(jobs):
+            results, theirs = context.Pipe(duplex=False)
+            arguments = (work, list(pictures[job::jobs]), first + job, threads, theirs)
+            running[results] = context.Process(target=_child, args=arguments, daemon=True)
+            running[results].start()
+            theirs.close()
+        while running:
+            for results in wait(list(running)):
+                yield _received(results, running)
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def _received(results: Any, running: dict[Any, BaseProcess]) -> Tally:
+    """The next message of a process, which is forgotten when it has ended."""
+    try:
+        message = results.recv()
+    except EOFError:
+        process = running.pop(results)
+        process.join()
+        reason = f"it was ended with status {process.exitcode}: repeat the command, with fewer --jobs if memory ran out"
+        return Tally(failed=[(f"the share of {process.name}", reason)] if process.exitcode else [])
+    if isinstance(message, Exception):
+        raise message
+    return message
+
+
+def _child(work: Work, pictures: list[PlannedPicture], worker: int, threads: int, results: Connection) -> None:
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    try:
+        for tally in restore_share(work, pictures, worker, lambda: parent is None or parent.is_alive()):
+            results.send(tally)
+    except (ValueError, NoRoomError) as error:
+        results.send(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        return  # the parent says it
+
+
+def over_all_ranks(tally: Tally) -> Tally:
+    """What all ranks of a torchrun did; waits for them, as torchrun ends all when one ends with a failure."""
+    import torch.distributed as distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    tallies: list[Tally | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(tallies, tally)
+    distributed.destroy_process_group()
+    return sum((each for each in tallies if each is not None), Tally())
+
+
+def rank_of(environment: dict[str, str] | os._Environ[str]) -> tuple[int, int, int]:
+    """Number of this process, how many there are, and its number on this machine, as torchrun tells them.
+
+    Raises:
+        ValueError: RANK and WORLD_SIZE are no such numbers.
+    """
+    given = [environment.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+    local = environment.get("LOCAL_RANK", "0")
+    if not all(value.isdigit() for value in (*given, local)) or not int(given[0]) < int(given[1]):
+        raise ValueError(
+            f"expected RANK from 0 to WORLD_SIZE - 1 in the environment, got {given[0]!r} of {given[1]!r}. Set both, "
+            "or neither."
+        )
+    return int(given[0]), int(given[1]), int(local)

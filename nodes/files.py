@@ -100,8 +100,8 @@ class LoadJPEGRestorer(io.ComfyNode):
             display_name="Load JPEG Restorer",
             category="model/loaders",
             description="Loads a network that restores JPEGs, from models/jpeg_restorers or from the weights of "
-            "this pack. Restorers of the families codiff and sodiff adapt Stable Diffusion 2.1-base: connect its MODEL "
-            "and VAE.",
+            "this pack. One-step restorers bring their own MODEL and VAE (the starters), or adapt Stable Diffusion "
+            "2.1-base: then connect its MODEL and VAE.",
             search_aliases=[
                 *("jpeg model", "artifact removal model", "driftrec", "codiff", "sodiff", "load restorer"),
                 "deblocking",
@@ -119,24 +119,26 @@ class LoadJPEGRestorer(io.ComfyNode):
                     "model",
                     optional=True,
                     tooltip="Stable Diffusion 2.1-base (the 512-pixel one), for restorers that are adapters of it: "
-                    "codiff, sodiff. Others leave it as it is.",
+                    "codiff, sodiff. Those with a backbone of their own ignore it, others hand it on.",
                 ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="The VAE of Stable Diffusion 2.1-base, for restorers that adapt it: codiff. Others leave "
-                    "it as it is, sodiff too.",
+                    tooltip="The VAE of Stable Diffusion 2.1-base, for restorers that adapt it: codiff. Those with a "
+                    "backbone of their own ignore it, others hand it on, sodiff too.",
                 ),
             ],
             outputs=[
                 RestorerSocket.Output("JPEG_RESTORER", tooltip="The restorer, for the node of its family."),
                 io.Model.Output(
                     "MODEL",
-                    tooltip="For adapters of Stable Diffusion 2.1: the adapted model. Otherwise the input, or nothing.",
+                    tooltip="Of a one-step restorer: its own model, or the adapted Stable Diffusion 2.1. Otherwise the "
+                    "input, or nothing.",
                 ),
                 io.Vae.Output(
                     "VAE",
-                    tooltip="Of a codiff restorer: the adapted VAE. Otherwise the input, or nothing.",
+                    tooltip="Of a one-step restorer with a backbone of its own: its own VAE, which loses nothing. Of "
+                    "another codiff restorer: the adapted VAE. Otherwise the input, or nothing.",
                 ),
             ],
         )

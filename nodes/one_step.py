@@ -93,15 +93,17 @@ class OneStepDenoise(io.ComfyNode):
             node_id="OneStepDenoise",
             display_name="One-Step Denoise",
             category="model/sampling/jpeg",
-            description="Restores a latent in one step: it is read as a noisy one at the given timestep, and the "
-            "model's prediction of that noise is taken away. Nothing is random.",
+            description="Restores a latent in one step: it is read as a noisy one at the given timestep, and what the "
+            "model predicts to be noise is taken away. Nothing is random.",
             search_aliases=["codiff", "sodiff", "one step diffusion", "restore latent", "osediff"],
             inputs=[
-                io.Model.Input("model", tooltip="The adapted model, from Load JPEG Restorer."),
+                io.Model.Input("model", tooltip="The MODEL that Load JPEG Restorer gives, adapted or its own."),
                 io.Conditioning.Input(
                     "conditioning", tooltip="The prompt, from CaVE Prompt, SAIPE Prompt or any other node."
                 ),
-                io.Latent.Input("latent", tooltip="The compressed images, encoded with the adapted VAE."),
+                io.Latent.Input(
+                    "latent", tooltip="The compressed images, encoded with the VAE that Load JPEG Restorer gives."
+                ),
                 io.Float.Input(
                     "timestep",
                     default=-1.0,

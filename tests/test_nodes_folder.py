@@ -75,11 +75,7 @@ def test_every_picture_is_what_load_jpeg_gives(fresh, folder):
         graph.sink([single, 0])
         image, jpeg, quality, _ = run(fresh, graph).outputs(single)
         assert torch.equal(images[index], image) and qualities[index] == quality
-        assert (
-            (type(jpegs[index][0]), jpegs[index][0].name)
-            == (type(jpeg[0]), jpeg[0].name)
-            == (type(jpeg[0]), Path(file).name)
-        )
+        assert type(jpegs[index][0]) is type(jpeg[0]) and jpegs[index][0].name == jpeg[0].name == Path(file).name
     assert [tuple(image.shape[1:3]) for image in images] == [(24, 40), (24, 40), (17, 33), (20, 28), (16, 24)]
 
 
@@ -127,11 +123,10 @@ def test_broken_files_are_left_out_and_named(fresh, folder):
     assert loaded(fresh)[4][-1] == "and 4 more"
 
 
-@pytest.mark.parametrize("name", ["..", "../models", "holiday/../..", "/", "C:/Windows/../..", str(Path.home())])
+@pytest.mark.parametrize("name", ["..", "../models", "holiday/../..", "/", str(Path.home())])
 def test_folders_outside_are_refused(fresh, folder, name):
     """A shared workflow must not read what is not ComfyUI's input."""
-    said = refusal(fresh, name)
-    assert "outside" in said or (name.startswith("C:") and "no folder" in said)
+    assert "outside" in refusal(fresh, name)
 
 
 def test_a_folder_beside_the_input_folder_is_outside(fresh, folder):

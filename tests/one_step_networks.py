@@ -19,6 +19,7 @@ from restoration.restorer_file import RestorerMetadata, write_restorer
 from restoration.restorers import DCT_SMALL
 from tests.prior_networks import randomized
 from tests.reduced_sd21 import CALIBRATION, TINY_PREDICTOR, cave_tensors, predictor_tensors, saipe_tensors
+from training.backbone import make_unet
 
 TINY_UNET = SmallUNetConfig(widths=(32,), layers=1, context_dim=32)
 TWO_LEVELS = SmallUNetConfig(
@@ -78,8 +79,7 @@ def backbone_tensors(unet: SmallUNetConfig, seed: int = 0) -> dict[str, dict[str
 
 def diffusers_unet(unet: SmallUNetConfig, seed: int = 0) -> UNet2DConditionModel:
     """diffusers' network of that shape, its weights random, what it returns a sixth of a usual coefficient."""
-    with torch.random.fork_rng(devices=[]):
-        network = randomized(UNet2DConditionModel(**unet.diffusers_arguments()), seed)
+    network = randomized(make_unet(unet), seed)
     for name, parameter in network.named_parameters():
         parameter.data *= next((gain for layer, gain in _GAINS.items() if layer in name), 1.0)
     network.conv_out.bias.data *= 0.1

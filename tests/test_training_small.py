@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from shared import shared_path
 from stopping import stop_after
@@ -151,7 +150,7 @@ def test_the_timestep_says_how_much_of_the_prediction_is_taken_away() -> None:
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     abar = np.cumprod(1 - betas)[[100, 700]]
     with torch.no_grad():
-        plain = UNet2DConditionModel(**UNET.diffusers_arguments())
+        plain = make_unet(UNET)
         plain.load_state_dict(unet.state_dict())
         predicted = plain.eval()(latents, torch.tensor([100, 700]), encoder_hidden_states=tokens).sample
         expected = latents - torch.tensor(np.sqrt(1 - abar)).float().view(-1, 1, 1, 1) * predicted
@@ -167,7 +166,7 @@ def test_everything_is_trained(kind: str, tmp_path: Path) -> None:
     task.model.train()
     task.loss(task.model, pictures(), generator()).backward()
     without = [name for name, p in task.model.named_parameters() if p.requires_grad and not _learns(p)]
-    assert not without
+    assert all(name.endswith("to_key.bias") for name in without)  # no softmax depends on those, but for its rounding
 
 
 def _learns(parameter: torch.nn.Parameter) -> bool:

@@ -25,6 +25,8 @@ def make_unet(config: SmallUNetConfig, generator: torch.Generator | None = None)
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config.diffusers_arguments())
+        if not config.middle_looks_around:
+            _let_middle_see_prompt_alone(unet, config)
     unet = unet.to_empty(device="cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if generator is not None:
         for module in unet.modules():
@@ -34,6 +36,14 @@ def make_unet(config: SmallUNetConfig, generator: torch.Generator | None = None)
         nn.init.zeros_(unet.conv_out.weight)
         nn.init.zeros_(unet.conv_out.bias)
     return unet
+
+
+def _let_middle_see_prompt_alone(unet: UNet2DConditionModel, config: SmallUNetConfig) -> None:
+    """What `only_cross_attention` does in the other blocks; diffusers' middle block does not know it."""
+    for block in unet.mid_block.attentions[0].transformer_blocks:  # type: ignore[union-attr, index]
+        block.only_cross_attention = True
+        for name in ("to_k", "to_v"):
+            setattr(block.attn1, name, nn.Linear(config.context_dim, config.widths[-1], bias=False))
 
 
 class DCTModel(nn.Module):

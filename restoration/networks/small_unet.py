@@ -32,6 +32,7 @@ class SmallUNetConfig:
             grow with the number of pixels and not with its square.
         head_dim: Width of an attention head.
         context_dim: Width of the prompt's tokens.
+        middle_self_attention: Whether the middle's transformer looks at the whole latent even if no other does.
 
     Raises:
         ValueError: The numbers are no such network's.
@@ -43,6 +44,7 @@ class SmallUNetConfig:
     self_attention: bool = False
     head_dim: int = 32
     context_dim: int = 128
+    middle_self_attention: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in (("widths", int), ("attention", bool)):
@@ -63,10 +65,9 @@ class SmallUNetConfig:
             for name, most in bounds.items()
             if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most
         ]
-        if wrong or type(self.self_attention) is not bool:
-            raise ValueError(
-                f"small UNet: expected {', '.join(wrong) or 'self_attention'} within its bounds, got {self}."
-            )
+        wrong += [name for name in ("self_attention", "middle_self_attention") if type(getattr(self, name)) is not bool]
+        if wrong:
+            raise ValueError(f"small UNet: expected {', '.join(wrong)} within bounds, got {self}.")
         unit = math.lcm(_GROUPS, self.head_dim, self.widths[0])
         if any(not 1 <= width <= _WIDEST or width % unit for width in self.widths):
             raise ValueError(
@@ -79,8 +80,16 @@ class SmallUNetConfig:
         """Pixels that the sides of an image are multiples of."""
         return BLOCK * 2 ** (len(self.widths) - 1)
 
+    @property
+    def middle_looks_around(self) -> bool:
+        """Whether the middle's transformer attends to the latent itself."""
+        return self.self_attention or self.middle_self_attention
+
     def diffusers_arguments(self) -> dict[str, Any]:
-        """What `diffusers.UNet2DConditionModel` is made with."""
+        """What `diffusers.UNet2DConditionModel` is made with.
+
+        Its middle attends to the latent whatever it is told: the trainer's `make_unet` changes that afterwards.
+        """
         kinds = ["CrossAttn" if attends else "" for attends in self.attention]
         return {
             "in_channels": CHANNELS,
@@ -94,7 +103,7 @@ class SmallUNetConfig:
             "attention_head_dim": tuple(width // self.head_dim for width in self.widths),  # the number of heads
             "use_linear_projection": True,
             "only_cross_attention": not self.self_attention,
-            "mid_block_only_cross_attention": not self.self_attention,
+            "mid_block_only_cross_attention": not self.middle_looks_around,
         }
 
     def core_arguments(self) -> dict[str, Any]:
@@ -117,7 +126,7 @@ class SmallUNetConfig:
             "transformer_depth_output": [depth for depth in depths for _ in range(self.layers + 1)],
             "context_dim": self.context_dim,
             "disable_self_attentions": [not self.self_attention] * len(self.widths),
-            "disable_middle_self_attn": not self.self_attention,
+            "disable_middle_self_attn": not self.middle_looks_around,
             "legacy": False,
         }
 

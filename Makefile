@@ -1,6 +1,7 @@
 # Two commands are enough: `make demo` restores a JPEG in a real ComfyUI, `make test` runs the tests.
 PYTHON ?= python3
 IMAGE ?=
+RESTORER ?=
 VENV_PYTHON := .venv/bin/python
 ifeq ($(OS),Windows_NT)
 VENV_PYTHON := .venv/Scripts/python.exe
@@ -12,7 +13,7 @@ setup:  ## make .venv and put a pinned ComfyUI beside it (COMFYUI_DIR=... uses a
 	@$(PYTHON) tools/setup_env.py
 
 demo: setup  ## restore IMAGE=photo.jpg (or a sample) in ComfyUI; writes demo/restored.png and demo/before_after.png
-	@$(VENV_PYTHON) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)")
+	@$(VENV_PYTHON) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(RESTORER),--restorer "$(RESTORER)")
 
 test: setup  ## all tests but the slow ones
 	@$(VENV_PYTHON) -m pytest tests -m "not slow"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,8 @@ CODIFF = ROOT / "example_workflows" / "codiff_sd21.json"
 SODIFF = ROOT / "example_workflows" / "sodiff_sd21.json"
 DDRM = ROOT / "example_workflows" / "ddrm_jpeg.json"
 CONSISTENCY = ROOT / "example_workflows" / "consistency.json"
+RESTORE = ROOT / "example_workflows" / "restore_jpeg.json"
+FOLDER = ROOT / "example_workflows" / "restore_folder.json"
 CODIFF_STARTER = ROOT / "example_workflows" / "codiff_starter.json"
 SODIFF_STARTER = ROOT / "example_workflows" / "sodiff_starter.json"
 
@@ -94,7 +97,9 @@ def test_workflows_of_sd21_through_comfy_cli(server, tmp_path, workflow):
     assert np.allclose(np.asarray(restored).mean((0, 1)), np.asarray(source).mean((0, 1)), atol=8)
 
 
-@pytest.mark.parametrize("workflow", [DDRM, CONSISTENCY, CODIFF_STARTER, SODIFF_STARTER], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "workflow", [RESTORE, DDRM, CONSISTENCY, CODIFF_STARTER, SODIFF_STARTER], ids=lambda path: path.stem
+)
 def test_workflows_that_hold_to_the_jpeg_through_comfy_cli(server, tmp_path, workflow):
     """The templates as artists open them: the saved picture, compressed as the photo was, is the photo's file again."""
     shutil.copy(save(tmp_path / "photo.jpg", photo(75, 100)), server.input / "photo.jpg")
@@ -106,6 +111,22 @@ def test_workflows_that_hold_to_the_jpeg_through_comfy_cli(server, tmp_path, wor
     Image.open(server.output / name).save(tmp_path / "again.jpg", "JPEG", qtables=tables, subsampling=2)
     pairs = zip(jpeg.coefficients.planes, read_jpeg(tmp_path / "again.jpg").coefficients.planes, strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_workflow_of_a_folder_through_comfy_cli(server):
+    """The template as artists open it: each picture of the folder under its name, in its sub-folder, of its size."""
+    sizes = {"beach.jpg": (24, 40), "day 2/beach.jpg": (17, 33), "day 2/zoo.JPG": (40, 24)}
+    (server.input / "jpegs" / "day 2").mkdir(parents=True)
+    for name, size in sizes.items():
+        save(server.input / "jpegs" / name, photo(*size))
+    (server.input / "jpegs" / "broken.jpg").write_bytes(b"GIF89a")
+    run_workflow(server, FOLDER)
+    for name, (height, width) in sizes.items():
+        saved = server.output / Path(name).with_suffix("")
+        assert Image.open(saved.with_name(f"{saved.name}_00001_.png")).size == (width, height)
+    assert not list(server.output.rglob("broken*"))
+    for path in server.output.glob("beach*.png"):
+        path.unlink()
 
 
 def test_comfy_cli_reports_what_the_node_said(server, tmp_path):
@@ -177,7 +198,7 @@ def test_nothing_is_written_into_comfyuis_own_folders(server, files_before):
     assert files_of(server.comfyui) == files_before
 
 
-@pytest.mark.parametrize("path", [WORKFLOW, CODIFF, SODIFF, DDRM, CONSISTENCY], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(WORKFLOW.parent.glob("*.json")), ids=lambda path: path.stem)
 def test_workflow_file_is_sound(server, path):
     """Each link joins existing slots of equal types, and widget values fit the widgets of the nodes, in order."""
     graph = json.loads(path.read_text(encoding="utf-8"))
@@ -208,6 +229,8 @@ def check_widgets(node: dict, info: dict) -> None:
         elif kind == "COMBO":
             value = values.pop(0)
             assert name == "image" or value in settings["options"], name
+        elif kind == "STRING":
+            assert isinstance(values.pop(0), str), name
         if settings.get("control_after_generate"):
             assert values.pop(0) == "fixed"
         if settings.get("image_upload"):
@@ -233,6 +256,28 @@ def test_demo_writes_its_pictures(server, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "60x40" in said and "quality 55" in said and "PSNR" not in said
     assert Image.open(tmp_path / "demo" / "restored.png").size == (60, 40)
+
+
+def test_demo_says_how_long_it_took_and_how_well_the_result_agrees(server, tmp_path, monkeypatch, capsys):
+    """With a restorer of one's own, which is felt: the seconds are those of the picture, not those of the start."""
+    monkeypatch.setattr(demo, "ComfyUIServer", lambda: nullcontext(server))
+    monkeypatch.setattr(demo, "DEMO", tmp_path / "demo")
+    own, results = save(tmp_path / "own.jpeg", photo(48, 64), quality=20), []
+    other = write_tiny_codiff(tmp_path / "other.safetensors", seed=5)
+    for more in ([], ["--restorer", str(other)]):
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--image", str(own), *more])
+        started = time.monotonic()
+        assert demo.main() == 0
+        took, said = time.monotonic() - started, capsys.readouterr().out
+        results.append(np.asarray(Image.open(tmp_path / "demo" / "restored.png")))
+        seconds = float(re.search(r"Restored in ([\d.]+) s", said)[1])
+        assert 0 <= seconds < took / 2 and re.search(r"agreement +100 % ", said) and re.search(r"quality +20 ", said)
+    assert not np.array_equal(*results)
+
+
+def test_demo_refuses_a_restorer_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--restorer", str(tmp_path / "none.safetensors")])
+    assert demo.main() == 2 and "none.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["picture.png", "absent.jpg"])

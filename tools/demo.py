@@ -1,4 +1,4 @@
-"""Restore a JPEG in a real ComfyUI with the example workflow: `make demo [IMAGE=photo.jpg]`.
+"""Restore a JPEG in a real ComfyUI with the example workflow: `make demo [IMAGE=photo.jpg] [RESTORER=file]`.
 
 Writes demo/restored.png and demo/before_after.png.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import time
@@ -21,14 +22,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from restoration.jpeg import JPEGData, JPEGError, apply_orientation, read_jpeg_and_pixels
+from restoration.jpeg import JPEGData, JPEGError, apply_orientation, make_consistent, read_jpeg_and_pixels
 from restoration.metrics import blockiness, psnr, ssim
 from tools.comfyui_server import ComfyUIServer, ServerError, run_workflow
 from tools.pictures import before_after
 
 DEMO = ROOT / "demo"
-WORKFLOW = ROOT / "example_workflows" / "driftrec_restore.json"
+WORKFLOW = ROOT / "example_workflows" / "restore_jpeg.json"
 SAMPLE_QUALITY = 10
+_WARM_UP = (192, 64, 256, 128)
 
 
 def sample_picture() -> Image.Image:
@@ -46,17 +48,19 @@ def make_sample() -> tuple[Path, Tensor]:
     return path, to_tensor(clean)
 
 
-def workflow_for(file_name: str, folder: Path, workflow: Path = WORKFLOW) -> Path:
-    """A copy of an example workflow that loads another file."""
+def workflow_for(file_name: str, folder: Path, workflow: Path = WORKFLOW, restorer: str | None = None) -> Path:
+    """A copy of an example workflow that loads another file, and another restorer where one is named."""
     graph = json.loads(workflow.read_text(encoding="utf-8"))
-    (loader,) = [node for node in graph["nodes"] if node["type"] == "LoadJPEG"]
-    loader["widgets_values"][0] = file_name
+    values = {"LoadJPEG": file_name} | ({} if restorer is None else {"LoadJPEGRestorer": restorer})
+    for kind, value in values.items():
+        (loader,) = [node for node in graph["nodes"] if node["type"] == kind]
+        loader["widgets_values"][0] = value
     path = folder / workflow.name
     path.write_text(json.dumps(graph), encoding="utf-8")
     return path
 
 
-def restore(server: ComfyUIServer, jpeg: Path, workflow: Path = WORKFLOW) -> Path:
+def restore(server: ComfyUIServer, jpeg: Path, workflow: Path = WORKFLOW, restorer: str | None = None) -> Path:
     """Run an example workflow on a JPEG; returns the picture that SaveImage wrote.
 
     Raises:
@@ -64,11 +68,31 @@ def restore(server: ComfyUIServer, jpeg: Path, workflow: Path = WORKFLOW) -> Pat
     """
     name = f"photo{jpeg.suffix.lower()}"
     shutil.copy(jpeg, server.input / name)
-    run_workflow(server, workflow_for(name, server.base, workflow))
+    run_workflow(server, workflow_for(name, server.base, workflow, restorer))
     saved = sorted(server.output.glob("*.png"), key=lambda path: path.stat().st_mtime)
     if not saved:
         raise ServerError(f"the workflow ended well, but SaveImage wrote nothing to {server.output}.")
     return saved[-1]
+
+
+def seconds_of_last_run(server: ComfyUIServer) -> float:
+    """How long ComfyUI worked on the last workflow, from loading the picture to saving the result."""
+    (last,) = json.loads(server.get("/history?max_items=1")).values()
+    times = {kind: data["timestamp"] for kind, data in last["status"]["messages"]}
+    return (times["execution_success"] - times["execution_start"]) / 1000
+
+
+def warm_up(server: ComfyUIServer, restorer: Path | None) -> str | None:
+    """Restore a small part of the sample, so that the weights are loaded; returns the name that a restorer got."""
+    name = None if restorer is None else restorer.name
+    if restorer is not None:
+        models = server.base / "models" / "jpeg_restorers"
+        models.mkdir(parents=True, exist_ok=True)
+        shutil.copy(restorer, models / restorer.name)
+    path = server.base / "warm_up.jpg"
+    sample_picture().crop(_WARM_UP).save(path, "JPEG", quality=SAMPLE_QUALITY)
+    restore(server, path, restorer=name).unlink()
+    return name
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -81,18 +105,24 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray((image[0] * 255).round().byte().movedim(0, -1).contiguous().numpy())
 
 
-def table(before: Tensor, after: Tensor, clean: Tensor | None) -> list[str]:
-    """Lines with PSNR and SSIM, where the clean picture is known, and blockiness, before and after."""
+def table(before: Tensor, after: Tensor, clean: Tensor | None, jpeg: JPEGData) -> list[str]:
+    """Lines with quality and agreement, PSNR and SSIM, where the clean picture is known, and blockiness."""
     rows = []
     if clean is not None:
         rows += [("PSNR, dB", "{:.2f}", psnr, "higher is better"), ("SSIM", "{:.4f}", ssim, "higher is better")]
     if min(before.shape[-2:]) > 8:
         rows += [("blockiness", "{:.2f}", lambda image, _: 1e4 * blockiness(image), "x 1e-4, lower is better")]
-    lines = [f"{'':12}{'before':>10}{'after':>10}"] if rows else []
+    kind = "" if jpeg.quality.exact else "about "
+    lines = [
+        f"{'':12}{'before':>10}{'after':>10}",
+        f"{'quality':12}{kind + f'{jpeg.quality.quality:.0f}':>10}{'':10}   read off the file",
+    ]
     for name, shape, measure, remark in rows:
         values = [shape.format(float(measure(image, clean))) for image in (before, after)]
         lines.append(f"{name:12}{values[0]:>10}{values[1]:>10}   {remark}")
-    return lines
+    share = math.floor(make_consistent(after, [jpeg], strength=0.0).fraction * 1e6) / 1e4  # 100 means all of them
+    said = "the file's own coefficients, if it is compressed again as the file was"
+    return [*lines, f"{'agreement':12}{'':10}{f'{share:g} %':>10}   {said}"]
 
 
 def describe(path: Path, jpeg: JPEGData) -> str:
@@ -104,7 +134,7 @@ def describe(path: Path, jpeg: JPEGData) -> str:
     )
 
 
-def demo(image: Path | None) -> None:
+def demo(image: Path | None, restorer: Path | None = None) -> None:
     """All of it.
 
     Raises:
@@ -116,26 +146,31 @@ def demo(image: Path | None) -> None:
     path, clean = (image, None) if image else make_sample()
     jpeg, pixels = read_jpeg_and_pixels(path)
     before = apply_orientation(pixels, jpeg.orientation)[None]
-    print(describe(path, jpeg), "\nStarting ComfyUI ...", flush=True)
+    print(describe(path, jpeg), "\nStarting ComfyUI, loading the restorer ...", flush=True)
     with ComfyUIServer() as server:
-        ready = time.perf_counter()
-        print(f"Ready after {ready - started:.0f} s. Restoring ...", flush=True)
-        shutil.copyfile(restore(server, path), DEMO / "restored.png")
-        restored = time.perf_counter() - ready
+        name = warm_up(server, restorer)
+        print(f"Ready after {time.perf_counter() - started:.1f} s. Restoring ...", flush=True)
+        shutil.copyfile(restore(server, path, restorer=name), DEMO / "restored.png")
+        seconds = seconds_of_last_run(server)
     after = to_tensor(Image.open(DEMO / "restored.png"))
     before_after(to_picture(before), to_picture(after)).save(DEMO / "before_after.png")
-    print("\n".join(table(before, after, clean)))
-    print(f"Restored in {restored:.1f} s; {time.perf_counter() - started:.1f} s in all.")
+    print("\n".join(table(before, after, clean, jpeg)))
+    print(f"Restored in {seconds:.1f} s from loaded weights; {time.perf_counter() - started:.1f} s in all.")
     for name in ("restored.png", "before_after.png"):
         print(f"Wrote {DEMO / name}")
 
 
 def main() -> int:
-    """The command line; returns the exit status: 2 for a picture that is no JPEG, 1 for a failure, 130 for Ctrl-C."""
+    """The command line; returns the exit status: 2 for a file that cannot be used, 1 for a failure, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description="Restore a JPEG in a real ComfyUI.")
     parser.add_argument("--image", type=Path, help="a JPEG; by default a sample")
+    parser.add_argument("--restorer", type=Path, help="a restorer file; by default the starter that takes one step")
+    given = parser.parse_args()
+    if given.restorer is not None and not given.restorer.is_file():
+        print(f"demo: RESTORER must be a restorer file, there is none at {given.restorer}.", file=sys.stderr)
+        return 2
     try:
-        demo(parser.parse_args().image)
+        demo(given.image, given.restorer)
     except JPEGError as error:
         print(f"demo: IMAGE must be a JPEG that can be read: {error}.", file=sys.stderr)
         return 2

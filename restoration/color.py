@@ -16,7 +16,7 @@ def match_mean(images: Tensor, reference: Tensor) -> Tensor:
     """Shifts each channel of each picture to the reference's mean (DriftRec's colour correction, not rounded)."""
     _check_pair(images, reference)
     shift = reference.mean(dim=(2, 3), keepdim=True) - images.mean(dim=(2, 3), keepdim=True)
-    return (images + shift).clamp(0, 1)
+    return (images + shift).clamp_(0, 1)
 
 
 def match_adain(images: Tensor, reference: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def match_adain(images: Tensor, reference: Tensor) -> Tensor:
     _check_pair(images, reference)
     mean, std = _mean_and_std(images)
     reference_mean, reference_std = _mean_and_std(reference)
-    return ((images - mean) / std * reference_std + reference_mean).clamp(0, 1)
+    return (images - mean).div_(std).mul_(reference_std).add_(reference_mean).clamp_(0, 1)
 
 
 def match_wavelet(images: Tensor, reference: Tensor) -> Tensor:

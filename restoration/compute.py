@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .strips import is_finite
 from .tiling import Tiler
 
 
@@ -59,6 +60,6 @@ def finite(tensor: Tensor) -> Tensor:
     Raises:
         ValueError: It holds something that is no number.
     """
-    if not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise ValueError("the network returned something that is no number. Load the restorer as bf16 or fp32.")
     return tensor

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compute import Compute, OnProgress, Report, finite, part_of
 from .diffusion.one_step import TIMESTEPS
 from .embedding import embed_with_cave, embed_with_saipe, predict_timesteps
-from .pipelines import Constraint, finished, to_8bit
+from .pipelines import Constraint, batch_of, finished
 from .prompts import CaVEPrompt, SAIPEPrompt
-from .tiling import crop_to, pad_to_multiple
 
 
 class LatentModel(Protocol):
-    """A base model with a restorer's weights in it, on latents (B, C, h, w)."""
+    """A base model with a restorer's weights in it, on latents (B, C, h, w).
+
+    It may have a `network` (torch.nn.Module), which `denoise` evaluates: then its group norms take their statistics
+    from a sample of the whole picture. Without, or where it is None, each tile has its own.
+    """
 
     def encode(self, images: Tensor) -> Tensor:
         """The latents of images (B, 3, H, W) in [0, 1] whose sides fit."""
@@ -120,18 +123,20 @@ def restore_one_step(
         ValueError: The network returned something that is no number.
     """
     compute = compute or Compute()
-    results = []
-    for index, image in enumerate(images.split(1)):
-        report = part_of(on_progress, index, len(images))
-        one = SeenImages(seen.tokens[index : index + 1], seen.timesteps[index : index + 1])
-        restored = _restored(model, image.float(), one, compute, report)
-        results.append(finished(image, restored, settings.strength, constraints[index] if constraints else None))
-        report(1.0, results[-1])
-    return to_8bit(torch.cat(results))
+
+    def restored() -> Iterator[Tensor]:
+        for index, image in enumerate(images.split(1)):
+            image, report = image.float(), part_of(on_progress, index, len(images))
+            one = SeenImages(seen.tokens[index : index + 1], seen.timesteps[index : index + 1])
+            result = _restored(model, image, one, compute, report)
+            yield (result := finished(image, result, settings.strength, constraints[index] if constraints else None))
+            report(1.0, result)
+
+    return batch_of(restored(), images)
 
 
 def _restored(model: LatentModel, image: Tensor, seen: SeenImages, compute: Compute, report: Report) -> Tensor:
-    padded, size = pad_to_multiple(image, compute.tiler.align)
+    network: nn.Module | None = getattr(model, "network", None)
 
     def restore(tile: Tensor) -> Tensor:
         return model.decode(model.denoise(model.encode(tile), seen.tokens, seen.timesteps)).to(image)
@@ -140,7 +145,7 @@ def _restored(model: LatentModel, image: Tensor, seen: SeenImages, compute: Comp
         compute.check()
         report(0.99 * done / total, None)
 
-    return crop_to(finite(compute.tiler(restore, padded, on_tile=on_tile)), size)
+    return finite(compute.tiler(restore, image, on_tile=on_tile, network=network))
 
 
 def _predicted(

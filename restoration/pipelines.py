@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -16,7 +16,9 @@ from .compute import Compute, OnProgress, Progress, Report, finite, part_of
 from .diffusion.prediction import RegressionRestorer, ScoreDenoiser, constrained
 from .diffusion.samplers import SAMPLERS, NoiseSource, SamplerStep, sample
 from .embedding import embed_with_cave, embed_with_saipe, predict_timesteps
+from .networks.ncsnpp import NCSNpp
 from .noise import sample_generator
+from .strips import blend_, own, round_to_8bit_
 from .tiling import crop_to, pad_to_multiple
 
 __all__ = [
@@ -107,14 +109,16 @@ def restore_driftrec(
             f"got {settings.t_eps:g}."
         )
     compute = compute or Compute()
-    results = []
-    for index, image in enumerate(images.float().split(1)):
-        constraint = constraints[index] if constraints else None
-        report = part_of(on_progress, index, len(images))
-        restored = _average_of_samples(model, image, settings, compute, constraint, report)
-        restored = COLOR_CORRECTIONS[settings.color](restored, image)
-        results.append(finished(image, restored, settings.strength, constraint))
-    return to_8bit(torch.cat(results))
+
+    def restored() -> Iterator[Tensor]:
+        for index, image in enumerate(images.split(1)):
+            image, constraint = image.float(), constraints[index] if constraints else None
+            report = part_of(on_progress, index, len(images))
+            result = _average_of_samples(model, image, settings, compute, constraint, report)
+            result = COLOR_CORRECTIONS[settings.color](result, image)
+            yield finished(image, result, settings.strength, constraint)
+
+    return batch_of(restored(), images)
 
 
 def restore_regression(
@@ -123,16 +127,16 @@ def restore_regression(
 ) -> Tensor:  # fmt: skip
     """Restore images by one evaluation of a regression network; arguments as for `restore_driftrec`."""
     compute = compute or Compute()
-    results = []
-    for index, image in enumerate(images.float().split(1)):
-        report = part_of(on_progress, index, len(images))
-        padded, size = pad_to_multiple(image, _multiple(model, compute))
-        evaluated = _tiled(model, compute, (padded,), lambda part, report=report: report(part, None))
-        restored = crop_to(evaluated, size)
-        restored = COLOR_CORRECTIONS[color](restored, image)
-        results.append(finished(image, restored, strength, constraints[index] if constraints else None))
-        report(1.0, results[-1])
-    return to_8bit(torch.cat(results))
+
+    def restored() -> Iterator[Tensor]:
+        for index, image in enumerate(images.split(1)):
+            image, report = image.float(), part_of(on_progress, index, len(images))
+            result = _tiled(model, model.network, compute, (image,), lambda part, report=report: report(part, None))
+            result = COLOR_CORRECTIONS[color](result, image)
+            yield (result := finished(image, result, strength, constraints[index] if constraints else None))
+            report(1.0, result)
+
+    return batch_of(restored(), images)
 
 
 def to_8bit(images: Tensor) -> Tensor:
@@ -141,14 +145,37 @@ def to_8bit(images: Tensor) -> Tensor:
     Raises:
         ValueError: The images hold something that is no number.
     """
-    return (finite(images) * 255).round().clamp(0, 255) / 255
+    return round_to_8bit_(finite(images).clone())
 
 
 def finished(image: Tensor, restored: Tensor, strength: float, constraint: Constraint | None) -> Tensor:
-    """What a restoration of an image (1, 3, H, W) becomes in the end: blended with it, then held to what is certain."""
+    """What a restoration of an image (1, 3, H, W) becomes in the end: blended with it, then held to what is certain.
+
+    The memory of `restored` is used for it, unless it is the image's own.
+    """
+    restored = own(restored, image)
     if strength != 1:
-        restored = torch.lerp(image.to(restored), restored, strength)
-    return restored if constraint is None else constraint.finish(finite(restored).clamp(0, 1))
+        restored = blend_(restored, image, strength)
+    return restored if constraint is None else constraint.finish(finite(restored).clamp_(0, 1))
+
+
+def batch_of(results: Iterable[Tensor], images: Tensor) -> Tensor:
+    """Results (1, 3, H, W), one for each of the images, rounded to whole 8-bit levels, as one batch.
+
+    They come one by one, and a batch of one is the result itself: no picture lies in memory twice.
+
+    Raises:
+        ValueError: A result holds something that is no number.
+    """
+    batch: Tensor | None = None
+    for index, result in enumerate(results):
+        if len(images) == 1:
+            batch = round_to_8bit_(finite(own(result, images)))
+            continue
+        if batch is None:
+            batch = torch.empty_like(images, dtype=torch.float32, device=result.device)
+        round_to_8bit_(batch[index : index + 1].copy_(finite(result)))
+    return images.float().clone() if batch is None else batch
 
 
 def _average_of_samples(
@@ -163,17 +190,23 @@ def _average_of_samples(
         part = done / planned if planned else 1 - math.exp(-done / 40)
         report((number + min(part, 1.0)) / settings.samples, preview)
 
+    def report_part(done: float) -> None:
+        report_evaluation(finished + done, None)
+
     def denoise(x: Tensor, degraded: Tensor, t: float) -> Tensor:
-        evaluate = partial(model, t=t)
-        return _tiled(evaluate, compute, (x, degraded), lambda part: report_evaluation(finished + part, None))
+        return _tiled(partial(model, t=t), model.network, compute, (x, degraded), report_part)
 
     def project_padded(prediction: Tensor) -> Tensor:
         assert constraint is not None
-        prediction[..., : size[0], : size[1]] = constraint.project(crop_to(prediction, size).clamp(0, 1))
+        inside = crop_to(prediction, size)
+        projected = constraint.project(inside.clamp_(0, 1))
+        if inside.shape == prediction.shape:
+            return projected
+        inside.copy_(projected)
         return prediction
 
     denoiser = denoise if constraint is None else constrained(denoise, project_padded)
-    total = torch.zeros_like(image)
+    total: Tensor | None = None
     for number in range(settings.samples):
 
         def callback(step: SamplerStep) -> None:
@@ -187,14 +220,18 @@ def _average_of_samples(
             settings.sampler, denoiser, model.sde, padded, noise, steps=settings.steps, tolerance=settings.tolerance,
             t_eps=settings.t_eps, callback=callback,
         )  # fmt: skip
-        total += crop_to(restored, size).clamp(0, 1)
-        report((number + 1) / settings.samples, total / (number + 1))
-    return total / settings.samples
+        restored = crop_to(restored, size).clamp(0, 1)
+        total = restored if total is None else total.add_(restored)
+        del restored
+        report((number + 1) / settings.samples, total / (number + 1) if number else total)
+    assert total is not None
+    return total.div_(settings.samples) if settings.samples > 1 else total
 
 
 def _tiled(
-    function: Callable[..., Tensor], compute: Compute, tensors: tuple[Tensor, ...], on_part: Callable[[float], None]
-) -> Tensor:
+    function: Callable[..., Tensor], network: NCSNpp, compute: Compute, tensors: tuple[Tensor, ...],
+    on_part: Callable[[float], None],
+) -> Tensor:  # fmt: skip
     home = tensors[0].device
 
     def on_device(*tiles: Tensor) -> Tensor:
@@ -205,8 +242,9 @@ def _tiled(
         if done < total:
             on_part(done / total)
 
-    return compute.tiler(on_device, *tensors, on_tile=on_tile)
+    multiple = network.config.size_multiple
+    return compute.tiler(on_device, *tensors, on_tile=on_tile, network=network, multiple=multiple)
 
 
-def _multiple(model: ScoreDenoiser | RegressionRestorer, compute: Compute) -> int:
+def _multiple(model: ScoreDenoiser, compute: Compute) -> int:
     return math.lcm(compute.tiler.align, model.network.config.size_multiple)

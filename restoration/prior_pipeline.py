@@ -226,7 +226,7 @@ class _Picture:
             if done < total:
                 on_part(done / total)
 
-        return finite(tiler(on_device, x, on_tile=on_tile))
+        return finite(tiler(on_device, x, on_tile=on_tile, network=self.prior.network))
 
     def _measurement(self, device: torch.device) -> Measurement:
         """The measurement on a device, made once for all the samples."""

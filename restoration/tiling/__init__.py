@@ -2,11 +2,14 @@
 
 from .exact import tile_count, tiled_exactly
 from .gaussian import LatentTile, gaussian_weights, latent_tiles
-from .tiler import MINIMUM_TILE, TileGrid, Tiler, crop_to, is_out_of_memory_error, pad_to_multiple, tiled
+from .grid import TileGrid, crop_to, pad_to_multiple, padded_window
+from .statistics import SharedStatistics, sample_of
+from .tiler import MINIMUM_TILE, Tiler, is_out_of_memory_error, tiled
 
 __all__ = [
     "MINIMUM_TILE",
     "LatentTile",
+    "SharedStatistics",
     "TileGrid",
     "Tiler",
     "crop_to",
@@ -14,6 +17,8 @@ __all__ = [
     "is_out_of_memory_error",
     "latent_tiles",
     "pad_to_multiple",
+    "padded_window",
+    "sample_of",
     "tile_count",
     "tiled",
     "tiled_exactly",

@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .grid import TileGrid, crop_to, padded_window
+from .statistics import SharedStatistics, sample_of
 
 MINIMUM_TILE = 128
 
-
-class TileGrid:
-    """Where the tiles of a picture start, and how they are blended.
-
-    `height` and `width` must be multiples of `align` (see `pad_to_multiple`); `tile` is rounded down and `overlap` up
-    to multiples of it, `tile` 0 means whole. All starts are multiples of `align` and all tiles have one size
-    (`tile_height`, `tile_width`): the last of an axis is moved back to end at the border. Neighbours share at least
-    `overlap` pixels.
-    """
-
-    def __init__(self, height: int, width: int, tile: int, overlap: int, align: int = 16) -> None:
-        if height % align or width % align or min(height, width) < 1:
-            raise ValueError(f"a grid aligned to {align} needs sides that are multiples of it, got {height}x{width}")
-        if tile < 0 or overlap < 0:
-            raise ValueError(f"tile and overlap must not be negative, got {tile} and {overlap}")
-        tile = max(tile // align, 1) * align if tile else max(height, width)
-        if overlap > tile // 2 and tile < max(height, width):
-            raise ValueError(f"overlap must be at most half the tile ({tile}), got {overlap}")
-        overlap = min(-(-overlap // align), tile // 2 // align) * align
-        self.tile_height, self.tile_width = min(tile, height), min(tile, width)
-        self.tops = _starts(height, self.tile_height, overlap)
-        self.lefts = _starts(width, self.tile_width, overlap)
-        self._row_weights = _partition(self.tops, self.tile_height, height, overlap)
-        self._column_weights = _partition(self.lefts, self.tile_width, width, overlap)
-
-    def __len__(self) -> int:
-        return len(self.tops) * len(self.lefts)
-
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and blending weights (tile_height, tile_width) of each tile, row by row.
-
-        At every pixel the weights of all tiles add up to one, and none is zero.
-        """
-        for top, rows in zip(self.tops, self._row_weights, strict=True):
-            for left, columns in zip(self.lefts, self._column_weights, strict=True):
-                weights = torch.outer(rows, columns)
-                yield slice(top, top + self.tile_height), slice(left, left + self.tile_width), weights
+Function = Callable[..., Tensor]
 
 
 class Tiler:
@@ -76,25 +42,40 @@ class Tiler:
         self.release = release
 
     def __call__(
-        self,
-        function: Callable[..., Tensor],
-        *tensors: Tensor,
-        on_tile: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """`function(*tiles)` over all tiles of `tensors`, blended: (B,C,H,W) of one H and W, multiples of `align`.
+        self, function: Function, *tensors: Tensor, on_tile: Callable[[int, int], None] | None = None,
+        network: nn.Module | None = None, multiple: int = 1,
+    ) -> Tensor:  # fmt: skip
+        """`function(*tiles)` over all tiles of `tensors`, blended.
 
-        `function` must return tensors (B,C',h,w) of its tile's size; it may run again on tiles it has already seen.
-        `on_tile(done, total)` is called after each tile. The last out-of-memory error is raised as it came once the
-        tile is at its minimum.
+        What is read and written is a tile at a time: of the whole, only the result is made, laid out in memory as the
+        first of the tensors is.
+
+        Args:
+            function: Must return tensors (B,C',h,w) of its tile's size; may run again on tiles it has already seen.
+            tensors: (B,C,H,W) of one H and W, from 1x1 on; at the border tiles are filled up as `pad_to_multiple` does.
+            on_tile: Called with (done, total) after each tile, and after the sample.
+            network: What `function` evaluates. Where there are several tiles, its group norms take mean and variance
+                from a sample of the whole (`SharedStatistics`), which costs one tile more; None lets each tile have
+                its own.
+            multiple: Sides of tiles are multiples of this, too.
+
+        Returns:
+            (B,C',H,W). Where the whole is one tile, just what the function returns, cut to that size.
+
+        Raises:
+            Exception: The last out-of-memory error, as it came, once the tile is at its minimum.
         """
-        height, width = _common_size(tensors)
+        align = math.lcm(self.align, multiple)
+        size = _common_size(tensors)
+        height, width = (length + -length % align for length in size)
         while True:
             overlap = min(self.overlap, self.tile // 2) if self.tile else self.overlap
-            grid = TileGrid(height, width, self.tile, overlap, self.align)
+            grid = TileGrid(height, width, self.tile, overlap, align)
+            work = _Work(function, tensors, grid, align, on_tile)
             try:
-                return _apply(function, tensors, grid, on_tile)
+                return work.result(network)
             except Exception as error:
-                smaller = self._smaller(grid)
+                smaller = self._smaller(grid, align)
                 if not self.is_out_of_memory(error) or smaller is None:
                     raise
             # Outside the handler the traceback, which keeps the failed attempt's tensors alive, is gone.
@@ -102,10 +83,75 @@ class Tiler:
             if self.release is not None:
                 self.release()
 
-    def _smaller(self, grid: TileGrid) -> int | None:
+    def _smaller(self, grid: TileGrid, align: int) -> int | None:
         current = max(grid.tile_height, grid.tile_width)
-        halved = max(math.ceil(current / 2 / self.align) * self.align, self.minimum)
+        halved = max(math.ceil(current / 2 / align) * align, self.minimum)
         return halved if halved < current else None
+
+
+class _Work:
+    """One attempt with one size of tiles."""
+
+    def __init__(
+        self, function: Function, tensors: Sequence[Tensor], grid: TileGrid, align: int,
+        on_tile: Callable[[int, int], None] | None,
+    ) -> None:  # fmt: skip
+        self.function, self.tensors, self.grid, self.align = function, tensors, grid, align
+        self.size = (tensors[0].shape[-2], tensors[0].shape[-1])
+        self.on_tile = on_tile
+        self.done, self.total = 0, len(grid)
+
+    def result(self, network: nn.Module | None) -> Tensor:
+        """All tiles, blended."""
+        if len(self.grid) == 1:
+            rows, columns, _ = next(iter(self.grid))
+            whole = self.function(*self._tiles(rows, columns))
+            self._count()
+            return whole if whole.shape[-2:] == self.size else crop_to(whole, self.size)
+        statistics = None if network is None else SharedStatistics(network)
+        if statistics is None or not statistics.norms:
+            return self._blended(self.function)
+        self.total += 1
+        tile = (self.grid.tile_height, self.grid.tile_width)
+        statistics.measure(self.function, *(sample_of(tensor, tile, self.align) for tensor in self.tensors))
+        self._count()
+        return self._blended(lambda *tiles: statistics.apply(self.function, *tiles))
+
+    def _blended(self, function: Function) -> Tensor:
+        blended: Tensor | None = None
+        dtype = torch.float32
+        for rows, columns, weights in self.grid:
+            result = function(*self._tiles(rows, columns))
+            if result.shape[-2:] != weights.shape:
+                raise ValueError(
+                    f"a tiled function must keep the tile's size {tuple(weights.shape)}, it gave {tuple(result.shape)}"
+                )
+            if blended is None:
+                dtype = result.dtype
+                blended = _zeros_like(self.tensors[0], result)
+            here = blended[..., rows, columns]
+            seen = (*result.shape[:2], *here.shape[-2:])
+            here += (result.float() * weights.to(result.device))[tuple(slice(0, length) for length in seen)]
+            del result  # or it would lie beside the next tile's activations
+            self._count()
+        assert blended is not None
+        return blended.to(dtype)
+
+    def _tiles(self, rows: slice, columns: slice) -> list[Tensor]:
+        return [padded_window(tensor, rows, columns, self.align).contiguous() for tensor in self.tensors]
+
+    def _count(self) -> None:
+        self.done += 1
+        if self.on_tile is not None:
+            self.on_tile(self.done, self.total)
+
+
+def _zeros_like(whole: Tensor, result: Tensor) -> Tensor:
+    """Zeros, float32 on the device of the tile's result, of the whole's size and memory format."""
+    last = whole.is_contiguous(memory_format=torch.channels_last) and not whole.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    size = (*result.shape[:2], *whole.shape[-2:])
+    return torch.empty(size, dtype=torch.float32, device=result.device, memory_format=layout).zero_()
 
 
 def tiled(
@@ -129,76 +175,6 @@ def is_out_of_memory_error(error: Exception) -> bool:
     message = str(error).lower()
     signs = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(sign in message for sign in signs)
-
-
-def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
-    """Extends (B,C,H,W) at the bottom and right to multiples of `multiple`; returns it with the original (H, W).
-
-    Pixels are mirrored where the side is longer than what is missing, and repeated otherwise (works from 1x1 on). The
-    block grid of a JPEG, which starts at the top left, stays in place.
-    """
-    height, width = images.shape[-2:]
-    below, beside = -height % multiple, -width % multiple
-    if beside:
-        images = F.pad(images, (0, beside, 0, 0), mode="reflect" if beside < width else "replicate")
-    if below:
-        images = F.pad(images, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
-    return images, (height, width)
-
-
-def crop_to(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The top left (H, W) of (B,C,H',W'): undoes `pad_to_multiple`."""
-    return images[..., : size[0], : size[1]]
-
-
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    return [0] if tile == length else [*range(0, length - tile, tile - overlap), length - tile]
-
-
-def _partition(starts: list[int], tile: int, length: int, overlap: int) -> list[Tensor]:
-    """Each tile's weights along one axis: squared-cosine ramps where tiles meet, divided by the sum of all."""
-    ramp = torch.sin((torch.arange(overlap) + 0.5) * (math.pi / 2 / max(overlap, 1))).square()
-    weights = []
-    for start in starts:
-        weight = torch.ones(tile)
-        if start > 0:
-            weight[:overlap] *= ramp
-        if start + tile < length:
-            weight[tile - overlap :] *= ramp.flip(0)
-        weights.append(weight)
-    total = torch.zeros(length)
-    for start, weight in zip(starts, weights, strict=True):
-        total[start : start + tile] += weight
-    return [weight / total[start : start + tile] for start, weight in zip(starts, weights, strict=True)]
-
-
-def _apply(
-    function: Callable[..., Tensor],
-    tensors: Sequence[Tensor],
-    grid: TileGrid,
-    on_tile: Callable[[int, int], None] | None,
-) -> Tensor:
-    if len(grid) == 1:
-        result = function(*tensors)
-        if on_tile is not None:
-            on_tile(1, 1)
-        return result
-    blended: Tensor | None = None
-    dtype = torch.float32
-    for done, (rows, columns, weights) in enumerate(grid, start=1):
-        result = function(*(tensor[..., rows, columns] for tensor in tensors))
-        if result.shape[-2:] != weights.shape:
-            expected = tuple(weights.shape)
-            raise ValueError(f"a tiled function must keep the tile's size {expected}, it gave {tuple(result.shape)}")
-        if blended is None:
-            dtype = result.dtype
-            size = tensors[0].shape[-2:]
-            blended = torch.zeros((*result.shape[:2], *size), dtype=torch.float32, device=result.device)
-        blended[..., rows, columns] += result.float() * weights.to(result.device)
-        if on_tile is not None:
-            on_tile(done, len(grid))
-    assert blended is not None
-    return blended.to(dtype)
 
 
 def _common_size(tensors: Sequence[Tensor]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from tools import demo
 from tools.comfyui_server import ComfyUIServer
 from tools.pictures import split_thumbnail
 
-WORKFLOWS = ("driftrec_restore", "ddrm_jpeg", "consistency")
+WORKFLOWS = ("restore_jpeg", "driftrec_restore", "ddrm_jpeg", "consistency", "codiff_starter", "sodiff_starter")
 FACE = (144, 0, 352, 208)
 
 
@@ -33,9 +33,25 @@ def main() -> None:
             workflow = ROOT / "example_workflows" / f"{name}.json"
             with Image.open(demo.restore(server, path, workflow)) as restored, Image.open(path) as before:
                 thumbnail = split_thumbnail(before, restored)
-            target = workflow.with_suffix(".jpg")
-            thumbnail.save(target, "JPEG", quality=90, subsampling="4:4:4", optimize=True)
-            print(f"Wrote {target.relative_to(ROOT)}, {target.stat().st_size // 1024} kB")
+            save(thumbnail, workflow.with_suffix(".jpg"))
+            if name == "restore_jpeg":
+                save(several(thumbnail), workflow.with_name("restore_folder.jpg"))
+
+
+def several(thumbnail: Image.Image) -> Image.Image:
+    """A folder of them: three by three."""
+    small = thumbnail.resize((thumbnail.width // 3 - 8, thumbnail.height // 3 - 8), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", thumbnail.size, (24, 24, 24))
+    for row in range(3):
+        for column in range(3):
+            sheet.paste(small, (column * thumbnail.width // 3 + 4, row * thumbnail.height // 3 + 4))
+    return sheet
+
+
+def save(picture: Image.Image, target: Path) -> None:
+    """Write a small JPEG, and say so."""
+    picture.save(target, "JPEG", quality=90, subsampling="4:4:4", optimize=True)
+    print(f"Wrote {target.relative_to(ROOT)}, {target.stat().st_size // 1024} kB")
 
 
 if __name__ == "__main__":

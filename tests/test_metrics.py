@@ -11,7 +11,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from restoration.lpips import LPIPS, load_lpips_squeeze
-from restoration.metrics import blockiness, psnr, psnr_b, rgb_to_luma, ssim
+from restoration.metrics import blockiness, psnr, psnr_b, psnr_y, rgb_to_luma, ssim, studio_luma
 from training.degradation import compress
 
 
@@ -92,6 +92,24 @@ def test_luma_is_jfif_bt601():
     assert rgb_to_luma(colours).flatten().tolist() == pytest.approx([0.299, 0.587, 0.114])
 
 
+def test_studio_luma_spans_16_to_235_and_its_psnr_is_of_these_levels(pair):
+    corners = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 0, 1]]).float().view(4, 3, 1, 1)
+    assert (255 * studio_luma(corners)).flatten().tolist() == pytest.approx([16, 235, 81.481, 40.966])
+    clean, jpeg = (image.astype(np.float64) / 255 @ np.array([65.481, 128.553, 24.966]) + 16 for image in pair)
+    x, y = to_tensor(pair[1]), to_tensor(pair[0])
+    assert psnr_y(x, y).item() == pytest.approx(peak_signal_noise_ratio(clean, jpeg, data_range=255), abs=1e-3)
+
+
+def test_live1_luma_of_the_jpegs_agrees_with_the_values_that_restorers_are_compared_with():
+    """Pillow's 4:2:0 files, mean over the 29 pictures of the PSNR of BT.601 studio-range luma."""
+    qualities, values = (5, 10, 20, 40), []
+    for path in sorted(shared_path("data", "eval", "LIVE1").glob("*.webp")):
+        clean = np.array(Image.open(path).convert("RGB"))
+        values.append([psnr_y(to_tensor(compress(clean, q)), to_tensor(clean)).item() for q in qualities])
+    assert len(values) == 29
+    assert np.mean(values, axis=0).round(2).tolist() == [25.95, 28.37, 30.64, 32.96]
+
+
 def test_wrong_shapes_are_refused_in_words():
     small, large = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 16, 16)
     with pytest.raises(ValueError, match="equal shape"):
@@ -100,6 +118,8 @@ def test_wrong_shapes_are_refused_in_words():
         ssim(small, small, 9)
     with pytest.raises(ValueError, match="above 8"):
         blockiness(small)
+    with pytest.raises(ValueError, match=r"expected RGB pictures \(B,3,H,W\)"):
+        psnr_y(small[:, :1], small[:, :1])
 
 
 def test_live1_jpeg_agrees_with_published_tables():

@@ -77,7 +77,8 @@ class Restoration:
 
 def decoded(jpegs: Sequence[JPEGData]) -> Tensor:
     """The pictures (B, 3, H, W) that files of one size hold, as libjpeg decodes them, turned upright."""
-    return torch.cat([apply_orientation(decode(jpeg.coefficients), jpeg.orientation) for jpeg in jpegs])
+    pictures = [apply_orientation(decode(jpeg.coefficients), jpeg.orientation) for jpeg in jpegs]
+    return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
 
 def restore(
@@ -124,8 +125,8 @@ class _Task:
 
 def _untouched(pictures: Pictures, settings: Settings, report: OnProgress) -> Restoration:
     """The pictures themselves, bit by bit; held to their files where that is asked for."""
-    images = pictures.images
-    constraints = constraints_of(list(pictures.jpegs), settings.consistency, settings.closed_loop, Compute())
+    images, compute = pictures.images, Compute(check=lambda: report(Progress(0.0, None)))
+    constraints = constraints_of(list(pictures.jpegs), settings.consistency, settings.closed_loop, compute)
     if constraints:
         pairs = zip(images.split(1), constraints, strict=True)
         images = torch.cat([constraint.finish(image) for image, constraint in pairs])

@@ -132,3 +132,18 @@ def sodiff_files(comfy, reduced) -> SimpleNamespace:
 def sodiff(fresh, sodiff_files) -> SimpleNamespace:
     """The executor with empty caches, and the base and restorer files that it knows."""
     return SimpleNamespace(comfy=fresh, **vars(sodiff_files))
+
+
+@pytest.fixture(scope="session")
+def restorers(comfy) -> None:
+    """A restorer of each family that restores."""
+    from tests.restore_graphs import write_restorers
+
+    write_restorers(comfy.base / "models" / "jpeg_restorers")
+    comfy.folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture
+def restore(fresh, restorers):
+    """The executor with empty caches, and restorers of all families."""
+    return fresh

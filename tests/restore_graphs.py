@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from tests.codiff_graphs import run
 from tests.ddrm_graphs import PRIOR, add_ddrm, write_prior
 from tests.graphs import RESTORER as DRIFTREC
-from tests.graphs import Graph
+from tests.graphs import Graph, photo, save_jpeg
 from tests.one_step_networks import write_tiny_codiff, write_tiny_sodiff
 
 CODIFF = "test-small-codiff.safetensors"
@@ -77,3 +78,10 @@ def _add_one_step(graph: Graph, family: str, image: list, jpeg: list | None, res
     if jpeg is None:
         return decoded
     return graph.add("JPEGConsistency", image=[decoded, 0], jpeg=jpeg, strength=1.0, closed_loop=True)
+
+
+def jpeg_of(comfy: Any, height: int, width: int, quality: int = 20, **options: Any) -> tuple[list[Any], Tensor]:
+    """JPEG_DATA of a part of a photograph as the pack in ComfyUI knows it, and its IMAGE as Pillow decodes it."""
+    path = save_jpeg(comfy, f"{height}x{width}.jpg", photo(height, width), quality, **options)
+    jpeg, pixels = sys.modules[f"{comfy.pack}.restoration.jpeg"].read_jpeg_and_pixels(path)
+    return [jpeg], pixels.movedim(0, -1)[None]

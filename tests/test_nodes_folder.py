@@ -88,10 +88,8 @@ def test_parts_of_a_folder(fresh, folder):
     assert set(loaded(fresh, "")[3]) >= {f"holiday/{name}" for name in NAMES}
 
 
-def test_a_folder_is_restored_and_saved_under_its_names(fresh, folder):
+def test_a_folder_is_restored_and_saved_under_its_names(fresh, restorers, folder):
     """Load JPEG Folder -> Restore JPEG -> Save Image: one file for each, in its sub-folder, of its size."""
-    graphs.write_restorers(fresh.base / "models" / "jpeg_restorers")
-    fresh.folder_paths.filename_list_cache.clear()
     graph = Graph()
     node = graph.add("LoadJPEGFolder", folder="holiday", **WHOLE)
     restore = graphs.add_restore(graph, CODIFF, image=[node, 0], jpeg=[node, 1])

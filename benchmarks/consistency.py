@@ -109,7 +109,9 @@ def _measured(picture: Tensor, quality: int, subsampling: str, restore: Restore,
     jpeg, pixels = read_jpeg_and_pixels(encode_with_pillow(picture, quality, subsampling), name="benchmark.jpg")
     with torch.inference_mode():
         before = to_8bit(restore(jpeg, pixels[None]).cpu())
-        wrong, total = wrong_coefficients(QuantizationCells(jpeg), before * 255)
+        wrong, total = wrong_coefficients(
+            QuantizationCells(jpeg), lambda rows, columns: before[..., rows, columns] * 255
+        )
         start = time.perf_counter()
         result = make_consistent(before.to(device), [jpeg])
         seconds = time.perf_counter() - start

@@ -62,7 +62,7 @@ def read_picture(path: str | os.PathLike[str]) -> Tensor:
     except _FAILURES as error:
         reason = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else str(error)
         raise PictureError(f"{name} is cut short or damaged ({reason}): get a complete copy of the file") from error
-    return torch.from_numpy(levels).movedim(-1, 0).float() / 255
+    return torch.from_numpy(levels).movedim(-1, 0).float().div_(255)
 
 
 def _check(picture: Image.Image, name: str) -> None:

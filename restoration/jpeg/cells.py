@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..truncated_normal import mean_inside
 from .codec import decode
-from .file import JPEGData, apply_orientation, undo_orientation
+from .file import JPEGData, apply_orientation
 from .layout import Layout
+from .stored import StoredPicture
 
 FLOAT_TOLERANCE = 0.01
 """How far outside of its cell a coefficient of a float image still counts as inside, in 8-bit levels."""
@@ -85,14 +86,14 @@ class QuantizationCells:
         """
         stored, scale = self.stored(images)
         inside = total = 0
-        for rows in self.strips(stored, scale):
+        for rows in self.strips(len(images), scale):
             for offset, steps in zip(self._offsets(stored, rows, scale), self.steps, strict=True):
                 found = offset.abs_() <= steps / 2 + tolerance
                 inside, total = inside + int(found.sum()), total + found.numel()
         return inside / total
 
-    def stored(self, images: Tensor) -> tuple[Tensor, int]:
-        """Images as the file stores them, not upright, and by which factor they are larger than the file."""
+    def stored(self, images: Tensor) -> tuple[StoredPicture, int]:
+        """Images, to be seen as the file stores them, and by which factor they are larger than the file."""
         jpeg = self.jpeg
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
             raise ValueError(f"expected float images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
@@ -100,12 +101,12 @@ class QuantizationCells:
         scale = height // jpeg.upright_height
         if scale < 1 or (height, width) != (scale * jpeg.upright_height, scale * jpeg.upright_width):
             raise ValueError(wrong_size(jpeg, height, width, enlarged=True))
-        return undo_orientation(images, jpeg.orientation), scale
+        return StoredPicture(images, jpeg.orientation), scale
 
-    def strips(self, stored: Tensor, scale: int) -> Iterator[slice]:
+    def strips(self, batch: int = 1, scale: int = 1) -> Iterator[slice]:
         """Rows of the file's pixels, whole blocks of every component at a time, to bound the memory."""
         span = self.layout.unit[0]
-        pixels = len(stored) * self.jpeg.width * scale**2
+        pixels = batch * self.jpeg.width * scale**2
         rows = max(1, _PIXELS_AT_ONCE // (pixels * span)) * span
         for top in range(0, self.jpeg.height, rows):
             yield slice(top, min(top + rows, self.jpeg.height))
@@ -118,24 +119,24 @@ class QuantizationCells:
             for planes, span in zip(self.planes, spans, strict=True)
         ]
 
-    def _offsets(self, stored: Tensor, rows: slice, scale: int) -> list[Tensor]:
+    def _offsets(self, stored: StoredPicture, rows: slice, scale: int) -> list[Tensor]:
         """How far from their cells' centres the coefficients of some rows of the file's pixels lie."""
-        part = stored[..., rows.start * scale : rows.stop * scale, :].float()
+        part = stored.read(slice(rows.start * scale, rows.stop * scale)).float()
         levels = (part if scale == 1 else F.avg_pool2d(part, scale)) * 255
         found = self.layout.coefficients(levels)
         return [c - q * step for c, q, step in zip(found, self.planes_of(rows), self.steps, strict=True)]
 
     def _moved(self, images: Tensor, move: Move, strength: float, clip: bool) -> Tensor:
         stored, scale = self.stored(images)
-        result = torch.empty_like(stored)
-        for rows in self.strips(stored, scale):
+        result = StoredPicture(torch.empty_like(images), self.jpeg.orientation)
+        for rows in self.strips(len(images), scale):
             offsets = self._offsets(stored, rows, scale)
             changes = [move(offset, steps) for offset, steps in zip(offsets, self.steps, strict=True)]
             height, cautious = rows.stop - rows.start, move is not to_cell
             change = self.layout.spread(changes, height, self.jpeg.width, cautious=cautious).div_(255)
             part = slice(rows.start * scale, rows.stop * scale)
-            result[..., part, :] = _added(stored[..., part, :], change, scale, strength, clip)
-        return apply_orientation(result, self.jpeg.orientation)
+            result.write(_added(stored.read(part), change, scale, strength, clip), part)
+        return result.upright
 
 
 def into_cell(offset: Tensor, steps: Tensor, margin: Tensor | float = 0.0) -> Tensor:

@@ -30,6 +30,13 @@ Check = Callable[[float], None]
 """Called after each round with the part that is done, 0..1; may raise to interrupt."""
 
 
+Read = Callable[[slice, slice], Tensor]
+"""The levels (1, 3, h, w) in a window, rows and columns, of a picture."""
+
+Write = Callable[[Tensor, slice, slice], None]
+"""Takes the levels (1, 3, h, w) of a window."""
+
+
 @dataclass
 class _Pieces:
     """Pieces (N, 3, h, w) in levels, their rounded form, coefficients to reach, margins, and places among all."""
@@ -47,20 +54,21 @@ class _Pieces:
 
 
 def agreeing_levels(
-    cells: QuantizationCells, levels: Tensor, max_rounds: int = MAX_ROUNDS, check: Check = lambda done: None
-) -> tuple[Tensor, int]:
-    """Whole levels near `levels` that agree with the file as far as `max_rounds` rounds get.
+    cells: QuantizationCells, read: Read, write: Write, max_rounds: int = MAX_ROUNDS,
+    check: Check = lambda done: None,
+) -> int:  # fmt: skip
+    """Find whole levels near those given that agree with the file as far as `max_rounds` rounds get.
 
     Args:
         cells: Of the file.
-        levels: (1, 3, H, W) in 0..255 on the device of the cells, as stored and of the size of the file.
+        read: Gives levels 0..255 on the device of the cells, as stored and of the size of the file.
+        write: Takes the levels found, each window once.
         max_rounds: At most; of each piece the round with the fewest wrong coefficients is kept.
         check: Called after each round.
 
     Returns:
-        Levels of the same shape, and the number of rounds that were needed: 0 where rounding alone agrees.
+        The number of rounds that were needed: 0 where rounding alone agrees.
     """
-    result = torch.empty_like(levels)
     parts = list(_parts(cells))
     rounds = 0
     for index, (rows, columns, size) in enumerate(parts):
@@ -68,20 +76,21 @@ def agreeing_levels(
         def on_round(done: float, index: int = index) -> None:
             check((index + done) / len(parts))
 
-        pieces = _cut(levels[..., rows, columns], *size)
+        levels = read(rows, columns)
         planes = _planes_of(cells, rows, columns, size)
-        found, taken = _search(cells.layout, cells.steps, pieces, planes, max_rounds, on_round)
+        found, taken = _search(cells.layout, cells.steps, _cut(levels, *size), planes, max_rounds, on_round)
         rounds = max(rounds, taken)
-        result[..., rows, columns] = _joined(found, result[..., rows, columns].shape)
+        write(_joined(found, levels.shape), rows, columns)
         on_round(1.0)
-    return result, rounds
+    return rounds
 
 
-def wrong_coefficients(cells: QuantizationCells, levels: Tensor) -> tuple[int, int]:
-    """The coefficients that libjpeg-turbo writes of whole levels (1, 3, H, W) unlike the file, and all of them."""
+def wrong_coefficients(cells: QuantizationCells, read: Read) -> tuple[int, int]:
+    """The coefficients that libjpeg-turbo writes of levels, rounded, unlike the file, and all of them."""
     wrong = total = 0
-    for rows in cells.strips(levels, 1):
-        found = cells.layout.encode(levels[..., rows, :], cells.steps)
+    columns = slice(0, cells.jpeg.width)
+    for rows in cells.strips():
+        found = cells.layout.encode(read(rows, columns).round().clamp_(0, 255), cells.steps)
         for ours, theirs in zip(found, cells.planes_of(rows), strict=True):
             wrong, total = wrong + int((ours != theirs).sum()), total + theirs.numel()
     return wrong, total

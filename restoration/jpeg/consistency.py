@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..strips import is_finite, round_to_8bit_, strips_of
 from .cells import FLOAT_TOLERANCE, QuantizationCells
 from .closed_loop import MAX_ROUNDS, Check, agreeing_levels, wrong_coefficients
-from .file import JPEGData, apply_orientation
+from .file import JPEGData
+from .stored import StoredPicture
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,8 @@ def make_consistent(
         def on_round(done: float, index: int = index) -> None:
             check((index + done) / len(images))
 
-        one = _closed(cells, image, strength, max_rounds, on_round) if closed_loop else _open(cells, image, strength)
-        results[index] = one.images[0].to(results)
-        agreed, rounds = agreed + one.fraction / len(images), max(rounds, one.rounds)
+        one = _into(results[index : index + 1], cells, image, strength, closed_loop, max_rounds, on_round)
+        agreed, rounds = agreed + one[0] / len(images), max(rounds, one[1])
         on_round(1.0)
     return ConsistencyResult(results, agreed, rounds)
 
@@ -100,35 +101,80 @@ class JPEGConstraint:
         result = make_consistent(
             images, [self.jpeg], strength=self.strength, closed_loop=self.closed_loop, check=self.check
         )
-        return (result.images * 255).round_().clamp_(0, 255).div_(255)
+        return round_to_8bit_(result.images)
 
 
-def _open(cells: QuantizationCells, image: Tensor, strength: float) -> ConsistencyResult:
-    projected = cells.project(image.to(cells.device, torch.float32), strength=strength)
-    return ConsistencyResult(projected, cells.agreement(projected, tolerance=FLOAT_TOLERANCE), 0)
+def _into(
+    result: Tensor, cells: QuantizationCells, image: Tensor, strength: float, closed_loop: bool, max_rounds: int,
+    check: Check,
+) -> tuple[float, int]:  # fmt: skip
+    """Hold an image to its file, put it into `result`, and say which fraction agrees, after how many rounds."""
+    image = image.to(cells.device)
+    if not closed_loop:
+        projected = cells.project(image.float(), strength=strength)
+        result.copy_(projected)
+        return cells.agreement(projected, tolerance=FLOAT_TOLERANCE), 0
+    stored, scale = cells.stored(image)
+    if strength == 0:
+        result.copy_(image)
+        return (_agreeing(cells, stored) if scale == 1 else _agreeing_means(cells, stored, scale)), 0
+    if scale > 1:
+        return _closed_enlarged(result, cells, stored, scale, strength, max_rounds, check)
+    return _closed(result, cells, stored, strength, max_rounds, check)
 
 
 def _closed(
-    cells: QuantizationCells, image: Tensor, strength: float, max_rounds: int, check: Check
-) -> ConsistencyResult:
-    stored, scale = cells.stored(image.to(cells.device))
-    given = stored.float() * 255
-    if strength == 0:
-        return ConsistencyResult(image.float(), _agreeing(cells, given.round().clamp_(0, 255), scale), 0)
-    means = F.avg_pool2d(given, scale) if scale > 1 else given
-    levels, rounds = agreeing_levels(cells, means, max_rounds, check)
-    if scale > 1:
-        levels = _enlarged(given, levels, scale)
+    result: Tensor, cells: QuantizationCells, stored: StoredPicture, strength: float, max_rounds: int, check: Check
+) -> tuple[float, int]:
+    mended = StoredPicture(result, cells.jpeg.orientation)
+
+    def write(levels: Tensor, rows: slice, columns: slice) -> None:
+        if strength < 1:
+            levels = torch.lerp(_levels(stored, rows, columns), levels, strength).round_().clamp_(0, 255)
+        mended.write(levels / 255, rows, columns)
+
+    rounds = agreeing_levels(cells, lambda *window: _levels(stored, *window), write, max_rounds, check)
+    return _agreeing(cells, mended), rounds
+
+
+def _closed_enlarged(
+    result: Tensor, cells: QuantizationCells, stored: StoredPicture, scale: int, strength: float, max_rounds: int,
+    check: Check,
+) -> tuple[float, int]:  # fmt: skip
+    given = _levels(stored, slice(0, scale * cells.jpeg.height))
+    means = F.avg_pool2d(given, scale)
+    found = torch.empty_like(means)
+
+    def write(levels: Tensor, rows: slice, columns: slice) -> None:
+        found[..., rows, columns] = levels
+
+    rounds = agreeing_levels(cells, lambda *window: means[..., window[0], window[1]], write, max_rounds, check)
+    levels = _enlarged(given, found, scale)
     if strength < 1:
         levels = torch.lerp(given, levels, strength).round_().clamp_(0, 255)
-    upright = apply_orientation(levels / 255, cells.jpeg.orientation)
-    return ConsistencyResult(upright, _agreeing(cells, levels, scale), rounds)
+    mended = StoredPicture(result, cells.jpeg.orientation)
+    mended.write(levels / 255, slice(0, levels.shape[-2]))
+    return _agreeing_means(cells, mended, scale), rounds
 
 
-def _agreeing(cells: QuantizationCells, levels: Tensor, scale: int) -> float:
-    means = F.avg_pool2d(levels, scale).round_() if scale > 1 else levels
+def _agreeing(cells: QuantizationCells, picture: StoredPicture) -> float:
+    wrong, total = wrong_coefficients(cells, lambda *window: _levels(picture, *window))
+    return 1 - wrong / total
+
+
+def _agreeing_means(cells: QuantizationCells, picture: StoredPicture, scale: int) -> float:
+    """Of a larger picture the box means of its whole levels count, rounded."""
+
+    def means(rows: slice, columns: slice) -> Tensor:
+        window = (slice(span.start * scale, span.stop * scale) for span in (rows, columns))
+        return F.avg_pool2d(_levels(picture, *window).round_().clamp_(0, 255), scale)
+
     wrong, total = wrong_coefficients(cells, means)
     return 1 - wrong / total
+
+
+def _levels(picture: StoredPicture, rows: slice, columns: slice | None = None) -> Tensor:
+    return picture.read(rows, columns).float() * 255
 
 
 def _enlarged(given: Tensor, means: Tensor, scale: int) -> Tensor:
@@ -166,7 +212,8 @@ def _check(images: Tensor, jpegs: Sequence[JPEGData], strength: float, max_round
     if not 0 <= strength <= 1 or max_rounds < 1:
         raise ValueError(f"expected a strength of 0 to 1 and at least 1 round, got {strength} and {max_rounds}.")
     for number, image in enumerate(images, 1):
-        if missing := int(image.isfinite().logical_not_().sum()):
+        if not is_finite(image):
+            missing = sum(int(strip.isfinite().logical_not_().sum()) for strip in strips_of(image))
             raise ValueError(
                 f"image {number} holds something that is no number (NaN or infinite) in {missing} of its values, so it "
                 f"can not be held to {jpegs[(number - 1) % len(jpegs)].name}. Look at the node that made it: a network "

@@ -26,6 +26,9 @@ from .tables import QualityEstimate, estimate_quality
 Source = str | os.PathLike[str] | bytes
 """A path, or the bytes of a file."""
 
+FLIPPED = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}
+"""By orientation, the dimensions that turning a stored picture upright flips, after it transposed them from 5 on."""
+
 _ORIENTATION = 0x0112
 _PILLOW_FAILURES = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _COLOR_SPACES = {"JCS_YCbCr": "ycbcr", "JCS_RGB": "rgb", "JCS_GRAYSCALE": "gray"}
@@ -143,7 +146,7 @@ def apply_orientation(image: Tensor, orientation: int) -> Tensor:
         raise ValueError(f"orientation expected 1 to 8, got {orientation}: pass the orientation of the file")
     if orientation >= 5:
         image = image.transpose(-2, -1)
-    flipped = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}.get(orientation, ())
+    flipped = FLIPPED.get(orientation, ())
     return image.flip(flipped) if flipped else image
 
 
@@ -170,13 +173,13 @@ def _decode(data: bytes, header: Header, name: str) -> tuple[Tensor, int]:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image, refusing_truncated_files():
             image.load()
             size, orientation = image.size, _orientation(image)
-            levels = torch.from_numpy(np.array(image.convert("RGB")))
+            levels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
     except _PILLOW_FAILURES as error:
         reason = "its headers contradict the standard" if isinstance(error, UnidentifiedImageError) else str(error)
         raise JPEGError(f"{name} is cut short or damaged ({reason}): get a complete copy of the file") from error
     if size != (header.width, header.height):
         raise JPEGError(f"{name} states two sizes, {header.width}x{header.height} and {size}: save it again")
-    return levels.permute(2, 0, 1).float() / 255, orientation
+    return levels.permute(2, 0, 1).float().div_(255), orientation
 
 
 def _orientation(image: Image.Image) -> int:

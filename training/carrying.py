@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-_ORIENTATION, _EXIF_IFD = 0x0112, 0x8769
+_ORIENTATION, _EXIF_IFD, _GPS_IFD = 0x0112, 0x8769, 0x8825
 _EXIF_WIDTH, _EXIF_HEIGHT = 0xA002, 0xA003
 _LAYOUT = frozenset({
     *range(254, 260), 262, 263, 266, 273, *range(277, 282), 284, 317, *range(320, 326), 330, 338, 339, 347, 512, 513,
@@ -61,13 +61,13 @@ def read_carried(picture: Image.Image, size: tuple[int, int], *, gray: bool) -> 
     Broken parts are left out with a note; nothing is raised.
 
     Args:
-        picture: Opened by Pillow, its file still open.
+        picture: Opened by Pillow, its file still open. Its EXIF data are changed, so that it counts as upright.
         size: Width and height of the upright picture.
         gray: Whether it has no colours.
     """
     notes: list[str] = []
     return Carried(
-        exif=_attempted(lambda: _exif(picture, size), b"", "EXIF", notes),
+        exif=_attempted(lambda: _exif(picture, size, notes), b"", "EXIF", notes),
         icc=_attempted(lambda: _profile(picture, gray), b"", "ICC profile", notes),
         xmp=_attempted(lambda: _xmp(picture), b"", "XMP", notes),
         dpi=_attempted(lambda: _resolution(picture), None, "resolution", notes),
@@ -94,7 +94,7 @@ def _first_line(error: Exception | Warning | str) -> str:
     return " ".join(lines[0].split()).rstrip(".") if lines else type(error).__name__
 
 
-def _exif(picture: Image.Image, size: tuple[int, int]) -> bytes:
+def _exif(picture: Image.Image, size: tuple[int, int], notes: list[str]) -> bytes:
     exif = picture.getexif()
     for tag in _LAYOUT.intersection(exif):
         del exif[tag]
@@ -105,7 +105,29 @@ def _exif(picture: Image.Image, size: tuple[int, int]) -> bytes:
     for tag, side in zip((_EXIF_WIDTH, _EXIF_HEIGHT), size, strict=True):
         if tag in details:
             details[tag] = side
-    return exif.tobytes()
+    try:
+        return exif.tobytes()
+    except METADATA_FAILURES:
+        notes.append(f"without the damaged EXIF tags {', '.join(map(str, _remove_damaged(exif)))}")
+        return exif.tobytes()
+
+
+def _remove_damaged(exif: Image.Exif) -> list[int]:
+    """Take those tags out of EXIF data that cannot be written, and say which."""
+    removed = []
+    for group in (None, _EXIF_IFD, _GPS_IFD):
+        tags = exif if group is None else exif.get_ifd(group)
+        for tag, value in list(tags.items()):
+            if tag in (_EXIF_IFD, _GPS_IFD):
+                continue
+            alone = Image.Exif()
+            alone[tag if group is None else group] = value if group is None else {tag: value}
+            try:
+                alone.tobytes()
+            except METADATA_FAILURES:
+                del tags[tag]
+                removed.append(tag)
+    return removed
 
 
 def _profile(picture: Image.Image, gray: bool) -> bytes:

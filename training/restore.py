@@ -28,8 +28,8 @@ from training.restore_workers import (
 from training.restorer_families import DTYPES, check_family
 from training.saving import OutputFormat
 
-_DESCRIPTION = """Restore the JPEGs of a folder and its sub-folders, or one file. The results go to another folder, under
-the same names. PNG, WebP, BMP and TIFF files, which may have been JPEGs once, are restored as well. What is there
+_DESCRIPTION = """Restore the JPEGs of a folder and its sub-folders, or one file. The results go to another folder,
+under the same names. PNG, WebP, BMP and TIFF files, which may have been JPEGs once, are restored as well. What is there
 already is left alone: repeat the command to go on where it stopped.
 
 Examples:

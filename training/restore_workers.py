@@ -136,11 +136,17 @@ def _restore_one(work: Work, picture: PlannedPicture, restore: RestorePicture, s
     except NoRoomError:
         raise
     except _FAILURES as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = _reason(error, picture.source.name)
         _say(work, picture, f"not restored: {reason}")
         return Tally(failed=[(picture.name, reason)])
     _say(work, picture, f"{'; '.join(remarks)}; {time.perf_counter() - started:.1f} s")
     return Tally(done=1)
+
+
+def _reason(error: Exception, name: str) -> str:
+    """A failure in one line that does not begin with the name of the file, as the report does already."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"it{text.removeprefix(name)}" if text.startswith(f"{name} ") else text.removeprefix(f"{name}: ")
 
 
 def _restored(work: Work, picture: PlannedPicture, restore: RestorePicture, stale: Sequence[Path]) -> list[str]:

@@ -98,6 +98,8 @@ def load_restorer(file: RestorerFile, loading: Loading) -> RestorePicture:
         ValueError: As `check_family`, or the file or its base model is not whole, or not fit for the type.
     """
     check_family(file.metadata, file.name, loading.settings, loading.base)
+    if loading.settings.strength == 0:
+        return _untouched
     if file.metadata.family in ("codiff", "sodiff"):
         return _one_step(file, loading)
     restorer = build_restorer(file.metadata, file.name, dtype=loading.network_dtype)
@@ -105,6 +107,11 @@ def load_restorer(file: RestorerFile, loading: Loading) -> RestorePicture:
     restorer.to(loading.device).eval().requires_grad_(False)
     restorer.compute_dtype = loading.network_dtype
     return _FAMILIES[file.metadata.family](restorer, loading)
+
+
+def _untouched(image: Tensor, jpeg: JPEGData | None, constraint: JPEGConstraint | None) -> Tensor:
+    """The picture itself, bit by bit; held to its file where that is asked for."""
+    return image if constraint is None else constraint.finish(image)
 
 
 def _driftrec(restorer: Restorer, loading: Loading) -> RestorePicture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,10 @@ def read_source(path: Path, *, metadata: bool = True) -> SourcePicture:
         ValueError: It is none of these, or damaged; one sentence says what is wrong.
         OSError: It cannot be read.
     """
-    if is_jpeg(path) or picture_format(path) is None:
-        return _read_jpeg(path, metadata)
-    return _read_other(path, metadata)
+    read = _read_jpeg if is_jpeg(path) or picture_format(path) is None else _read_other
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what `read_carried` notes
+        return read(path, metadata)
 
 
 def _read_jpeg(path: Path, metadata: bool) -> SourcePicture:
@@ -80,8 +82,8 @@ def _read_other(path: Path, metadata: bool) -> SourcePicture:
     height, width = pixels.shape[-2:]
     with Image.open(path, formats=(str(picture_format(path)),)) as picture:
         gray = picture.mode in _GRAY_MODES or picture.mode.startswith(_16_BITS)
-        carried = read_carried(picture, (width, height), gray=gray) if metadata else Carried()
         alpha = _alpha(picture)
+        carried = read_carried(picture, (width, height), gray=gray) if metadata else Carried()
         described = f"{_size(pixels)}, {picture.format}"
     if alpha is not None and alpha.size != (width, height):
         raise ValueError(f"{path.name} turns in two ways: its EXIF data contradict each other. Save it again.")

@@ -171,7 +171,7 @@ PRESETS = {
         optimizer=STARTER_OPTIMIZER,
         validation=STARTER_VALIDATION,
         run=RunConfig(
-            output=Path("runs/starter-onestep-faithful"), images=64_000, batch=8, precision="bf16",
+            output=Path("runs/starter-onestep-faithful"), images=160_000, batch=4, precision="bf16",
             checkpoint_every=8_000, half=True,
         ),
     ),

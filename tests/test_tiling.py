@@ -14,6 +14,7 @@ from restoration.tiling import (
     crop_to,
     is_out_of_memory_error,
     pad_to_multiple,
+    padded_window,
     tiled,
 )
 
@@ -194,6 +195,40 @@ def test_padding_keeps_the_picture_and_mirrors_or_repeats(height, width):
         assert torch.equal(padded[..., :height, width], images[..., width - 2])
     elif missing:
         assert torch.equal(padded[..., :height, -1], images[..., -1])
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 40), (130, 17), (129, 300), (333, 131), (200, 128)])
+def test_a_tiler_fills_up_at_the_border_as_padding_the_whole_does(height, width):
+    """Tile by tile, without the padded whole; also with pixels in memory one after the other, as an IMAGE has them."""
+    images = picture(height, width)
+
+    def function(x):
+        assert x.shape[-2] % 32 == x.shape[-1] % 32 == 0 and x.is_contiguous()
+        return F.avg_pool2d(x, 9, 1, padding=4)
+
+    padded, size = pad_to_multiple(images, 32)
+    expected = crop_to(tiled(function, [padded], tile=128, overlap=32, align=32), size)
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        result = Tiler(128, 32)(function, given, multiple=32)
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+    if len(TileGrid(*padded.shape[-2:], 128, 32, 32)) > 1:
+        assert result.movedim(1, -1).is_contiguous(), "an IMAGE could not be made of it without a copy"
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 40), (33, 17), (64, 64)])
+def test_windows_of_a_padded_picture(height, width):
+    images = picture(height, width)
+    padded, _ = pad_to_multiple(images, 16)
+    for top, left in itertools.product(range(0, padded.shape[-2], 16), range(0, padded.shape[-1], 16)):
+        rows, columns = slice(top, padded.shape[-2]), slice(left, left + 16)
+        assert torch.equal(padded_window(images, rows, columns, 16), padded[..., rows, columns])
+
+
+def test_out_of_memory_ends_where_tiles_cannot_be_smaller_than_a_multiple():
+    function = SmallMemory(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        Tiler(512, overlap=32)(function, picture(512, 512), multiple=256)
+    assert function.sides == [512, 256]
 
 
 def test_impossible_grids_are_refused_in_words():

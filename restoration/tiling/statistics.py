@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .grid import padded_window
+
 _WINDOWS, _SMALLEST_WINDOW, _LARGEST_WINDOW = 4, 64, 128  # along a side of the sample; of a window, pixels
 
 _Moments = tuple[Tensor, Tensor]
@@ -136,29 +138,30 @@ def _normalized(
 
 
 def sample_of(tensor: Tensor, size: tuple[int, int], align: int = 16) -> Tensor:
-    """A sample of a picture: windows of it, evenly spread and in order, put together.
+    """A sample of a picture: windows from the middle of equal parts of it, put together in order.
 
     Windows of zeros around them would be the simpler way to keep them apart, but norms see the zeros (docs/tiling.md).
 
     Args:
         tensor: (B, C, H, W).
-        size: Height and width of a tile, multiples of `align`; along a side that is no longer, all of it is taken.
+        size: Height and width of a tile, multiples of `align`; along a side that is no longer, all of it is taken,
+            filled up to a multiple as `pad_to_multiple` does.
         align: Windows start and end at multiples of this, the JPEG grid.
 
     Returns:
         (B, C, h, w) of at most that size, and of more than half of it along each side.
     """
     rows, columns = (_windows(length, tile, align) for length, tile in zip(tensor.shape[-2:], size, strict=True))
-    strips = [torch.cat([tensor[..., row, column] for column in columns], dim=-1) for row in rows]
+    strips = [torch.cat([padded_window(tensor, row, column, align) for column in columns], dim=-1) for row in rows]
     return torch.cat(strips, dim=-2)
 
 
 def _windows(length: int, tile: int, align: int) -> list[slice]:
     if length <= tile:
-        return [slice(0, length)]
+        return [slice(0, length + -length % align)]
     side = min(max(tile // _WINDOWS, _SMALLEST_WINDOW), _LARGEST_WINDOW, tile)
     count = tile // max(side // align * align, align)
     side = tile // count // align * align
-    last = (length - side) // align
-    starts = [round(last * number / (count - 1)) if count > 1 else last // 2 for number in range(count)]
-    return [slice(start * align, start * align + side) for start in starts]
+    centres = (length * (number + 0.5) / count for number in range(count))
+    starts = (min(round((centre - side / 2) / align), (length - side) // align) * align for centre in centres)
+    return [slice(start, start + side) for start in starts]

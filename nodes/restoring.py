@@ -12,7 +12,7 @@ from torch import Tensor
 from ..restoration.compute import Compute, OnProgress, Progress
 from ..restoration.jpeg import JPEGData, apply_orientation, decode
 from ..restoration.one_step_pipeline import OneStepSettings, restore_one_step, see_images
-from ..restoration.pipelines import DriftRecSettings
+from ..restoration.pipelines import DriftRecSettings, batch_of, finished
 from ..restoration.prior_pipeline import DDRMSettings, restore_ddrm
 from ..restoration.prompts import CaVEPrompt
 from .driftrec import constraints_of, restore_pixels
@@ -129,7 +129,7 @@ def _untouched(pictures: Pictures, settings: Settings, report: OnProgress) -> Re
     constraints = constraints_of(list(pictures.jpegs), settings.consistency, settings.closed_loop, compute)
     if constraints:
         pairs = zip(images.split(1), constraints, strict=True)
-        images = torch.cat([constraint.finish(image) for image, constraint in pairs])
+        images = batch_of((finished(image, image, 1.0, constraint) for image, constraint in pairs), images)
     report(Progress(1.0, None))
     return Restoration(images)
 

@@ -157,7 +157,10 @@ def test_strength(restore, family):
     jpegs, image = jpeg_of(restore, 32, 48)
     odd = (image + 0.3 / 255).clamp(0, 1)
     name, settings = BY_FAMILY[family], {"jpegs": jpegs, "consistency": 0.0}
+    given = odd.clone()
     assert torch.equal(restored(restore, name, odd, strength=0.0, **settings), odd)
+    held = restored(restore, name, odd, jpegs, strength=0.0)
+    assert torch.equal(odd, given) and not torch.equal(held, odd), "an input is not to be written to"
     half, full = (restored(restore, name, image, strength=strength, **settings) for strength in (0.5, 1.0))
     start = image if family != "prior" else restored(restore, name, jpegs=jpegs, strength=1e-6, consistency=0.0)
     assert (half - (start + full) / 2).abs().max() < 1.1 / 255 and (half - full).abs().mean() > 0.1 / 255

@@ -253,7 +253,7 @@ def test_tiles_change_little(restore, family):
         for tile, overlap in ((512, 64), (128, 64), (128, 16))
     )
     change = (whole - image).abs().mean()
-    assert 0 < (tiles - whole).abs().mean() < 0.3 * change and not torch.equal(tiles, others)
+    assert 0 < (tiles - whole).abs().mean() < 0.4 * change and not torch.equal(tiles, others)
 
 
 def test_tiles_are_those_of_the_single_node(restore):

@@ -1,4 +1,4 @@
-"""SD 2.1-base with a restorer's changes in its weights, against diffusers with the same changes beside them, by peft."""
+"""SD 2.1-base with a restorer's changes in its weights, against the same changes beside the weights, by peft."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_codiff_encodes_denoises_and_decodes_as_peft_does(tmp_path: Path) -> Non
 @pytest.mark.parametrize("write", [write_codiff, write_sodiff])
 def test_the_command_restores_with_adapters_of_sd21(write, tmp_path: Path) -> None:
     restorer, jpeg = write(tmp_path / "adapter.safetensors"), save(tmp_path / "a.jpg", cut(72, 64))
-    with pytest.raises(ValueError, match="give --base the folder of Stable Diffusion 2.1-base"):
+    with pytest.raises(ValueError, match=r"give --base the folder of Stable Diffusion 2\.1-base"):
         restore(jpeg, tmp_path / "b.png", restorer)
     options = ["--base", str(reduced_base().folder), "--no-consistency"]
     assert restore(jpeg, tmp_path / "b.png", restorer, *options) == 0
@@ -71,5 +71,5 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     name = "unet_lora.mid_block.resnets.0.conv1"
     for side in ("A", "B"):
         file.tensors[f"{name}9.lora_{side}.weight"] = file.tensors.pop(f"{name}.lora_{side}.weight")
-    with pytest.raises(RestorerFileError, match="expected mid_block.resnets.0.conv19 of the base model"):
+    with pytest.raises(RestorerFileError, match=r"expected mid_block\.resnets\.0\.conv19 of the base model"):
         load_adapted_base(file, str(reduced_base().folder), CPU, torch.float32)

@@ -49,7 +49,8 @@ def test_exif_profile_and_xmp_are_carried_over_and_say_upright(
         extras["pnginfo"] = PngImagePlugin.PngInfo()
         extras["pnginfo"].add_itxt("XML:com.adobe.xmp", extras.pop("xmp").decode())
     if source == "a.tif":
-        extras["exif"][700] = extras.pop("xmp")
+        made = extras["exif"]
+        made[700], made[IFD.Exif], made[IFD.GPSInfo] = extras.pop("xmp"), *map(made.get_ifd, (IFD.Exif, IFD.GPSInfo))
     save(tmp_path / "in" / source, **extras)
     assert restore(tmp_path / "in", tmp_path / "out", regression, "--format", kind) == 0
     with Image.open(tmp_path / "out" / f"a{SUFFIXES[kind]}") as picture:

@@ -154,7 +154,7 @@ def _check_folders(source: Path, output: Path) -> None:
 def _check_apart(source: Path, output: Path, pictures: tuple[PlannedPicture, ...]) -> None:
     """Results must not lie where the next run looks for pictures, but for OUT itself, which it leaves out."""
     inside = Path(os.path.realpath(source))
-    if Path(os.path.realpath(output)).is_relative_to(inside):
+    if not inside.is_relative_to(os.path.realpath(output)):
         return
     for picture in pictures:
         if Path(os.path.realpath(picture.target)).is_relative_to(inside):

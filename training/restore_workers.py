@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from restoration.devices import accelerator_available
 from restoration.restorer_file import read_restorer
+from training.carrying import METADATA_FAILURES
 from training.restore_plan import PlannedPicture
 from training.restore_settings import RestoreSettings
 from training.restorer_families import Loading, load_restorer
 from training.restoring import RestorePicture, read_source, restore_source
 from training.saving import OutputFormat, StaleParts, encode_picture, remove, write_whole
 
-_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+_FAILURES = (*METADATA_FAILURES, Image.DecompressionBombError, RuntimeError, MemoryError)
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 

@@ -60,7 +60,8 @@ def read_source(path: Path, *, metadata: bool = True) -> SourcePicture:
     """
     read = _read_jpeg if is_jpeg(path) or picture_format(path) is None else _read_other
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what `read_carried` notes
+        warnings.simplefilter("ignore", UserWarning)  # of metadata, which `read_carried` notes
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the core has a limit of its own
         return read(path, metadata)
 
 

@@ -33,9 +33,9 @@ from benchmarks._common import (
 from benchmarks._strengths import print_strengths
 from restoration.jpeg import JPEGConstraint
 from restoration.restorer_file import read_metadata, read_restorer
-from training.restore_settings import RestoreSettings
-from training.restorer_families import Loading, load_restorer
-from training.restoring import RestorePicture
+from training.restore.families import Loading, load_restorer
+from training.restore.picture import RestorePicture
+from training.restore.settings import RestoreSettings
 
 QUALITIES, STRENGTH_QUALITIES = (5, 10, 20, 40), (10, 40)
 _UNNAMED = ("codiff", "driftrec", "regression", "sodiff")

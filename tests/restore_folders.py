@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from training.restore import run
+from training.restore.command import run
 
 
 def cut(width: int = 40, height: int = 24, left: int = 200) -> Image.Image:

@@ -170,15 +170,15 @@ def test_a_second_run_does_what_is_missing_and_overwrite_does_all(regression: Pa
 
 def test_what_a_killed_run_left_behind_is_replaced(regression: Path, tmp_path: Path, monkeypatch) -> None:
     """The file that was being written stays as a `.part`, under no picture's name; the next run removes it."""
-    import training.saving
+    import training.restore.saving
 
     def killed(*_):
         raise KeyboardInterrupt
 
     save(tmp_path / "in" / "a.jpg")
     with monkeypatch.context() as patch:
-        patch.setattr(training.saving.os, "replace", killed)
-        patch.setattr(training.saving.Path, "unlink", lambda *_, **__: None)  # SIGKILL cleans nothing up
+        patch.setattr(training.restore.saving.os, "replace", killed)
+        patch.setattr(training.restore.saving.Path, "unlink", lambda *_, **__: None)  # SIGKILL cleans nothing up
         assert restore(tmp_path / "in", tmp_path / "out", regression) == 130
     (left,) = files(tmp_path / "out")
     assert left.startswith(".") and left.endswith(".part")
@@ -266,7 +266,7 @@ def test_a_full_disk_ends_the_run(regression: Path, tmp_path: Path, monkeypatch,
     """Each further picture would fail as well, after the time that its restoration takes."""
     import errno
 
-    import training.restore_workers as workers
+    import training.restore.workers as workers
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -282,7 +282,7 @@ def test_a_full_disk_ends_the_run(regression: Path, tmp_path: Path, monkeypatch,
 def test_the_list_of_samplers_is_that_of_the_core() -> None:
     from typing import get_args
 
-    from training.restore_settings import Sampler
+    from training.restore.settings import Sampler
 
     assert list(get_args(Sampler)) == list(SAMPLERS)
 

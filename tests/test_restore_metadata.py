@@ -12,7 +12,7 @@ from PIL.ExifTags import GPS, IFD, Base
 from tests.conftest import write_regression
 from tests.restore_folders import cut, files, levels, restore, save
 from tests.shared import shared_path
-from training.carrying import read_carried
+from training.restore.carried import read_carried
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 GRAY = SRGB[:16] + b"GRAY" + SRGB[20:]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.restore_folders import cut, save
-from training.restore_plan import make_plan, output_kind, result_names
-from training.saving import StaleParts, write_whole
+from training.restore.plan import make_plan, output_kind, result_names
+from training.restore.saving import StaleParts, write_whole
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_a_failed_writing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_only_the_parts_of_the_same_file_are_its_own(tmp_path: Path, monkeypatch) -> None:
-    import training.saving
+    import training.restore.saving
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.saving.os, "replace", lambda *_: None)
+        patch.setattr(training.restore.saving.os, "replace", lambda *_: None)
         write_whole(tmp_path / "a.png", b"1")
         write_whole(tmp_path / "b.png", b"2")
     (tmp_path / "user's own.part").write_text("kept")

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import write_regression
 from tests.restore_folders import cut, files, restore, save
 from tests.shared import ROOT
-from training.restore_workers import rank_of
+from training.restore.workers import rank_of
 
 PICTURES = 40
 

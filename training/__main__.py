@@ -61,7 +61,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
             prepare(arguments)
         elif command == "restore":
-            from training.restore import run as restore
+            from training.restore.command import run as restore
 
             return restore(arguments)
         else:

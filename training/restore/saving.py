@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from training.carrying import Carried
+from training.restore.carried import Carried
 
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 """The ending of files of each format."""

@@ -21,8 +21,8 @@ from restoration.prompts import CaVEPrompt, SAIPEPrompt
 from restoration.restorer_file import RestorerFile, RestorerFileError, RestorerMetadata
 from restoration.restorers import Restorer, build_restorer, load_weights
 from restoration.tiling import Tiler
-from training.restore_settings import RestoreSettings
-from training.restoring import RestorePicture
+from training.restore.picture import RestorePicture
+from training.restore.settings import RestoreSettings
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _JPEG_GRID = 16
@@ -179,7 +179,7 @@ def _one_step(file: RestorerFile, loading: Loading) -> RestorePicture:
 def _latent_model(file: RestorerFile, loading: Loading) -> tuple[LatentModel, Compute]:
     """What encodes, denoises and decodes, and how large pictures are split for it."""
     if loading.base is not None:
-        from training.adapted_base import load_adapted_base
+        from training.restore.adapted_base import load_adapted_base
 
         model = load_adapted_base(file, loading.base, loading.device, loading.network_dtype)
         return model, _compute(loading, model.size_multiple, tile=_ADAPTER_TILE, overlap=_ADAPTER_OVERLAP)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from restoration.jpeg import JPEGConstraint, JPEGData, apply_orientation, read_jpeg_and_pixels
 from restoration.pictures import picture_format, read_picture
-from training.carrying import METADATA_FAILURES, Carried, read_carried
-from training.restore_plan import is_jpeg
+from training.restore.carried import METADATA_FAILURES, Carried, read_carried
+from training.restore.plan import is_jpeg
 
 _GRAY_MODES = ("1", "L", "La", "LA", "I", "F")
 _16_BITS = "I;16"
@@ -114,7 +114,7 @@ def restore_source(restore: RestorePicture, source: SourcePicture, *, consistenc
     The gray value of a restored pixel is libjpeg's brightness of it, the very one that a JPEG is held to.
 
     Args:
-        restore: What restores, of `training.restorer_families`.
+        restore: What restores, of `training.restore.families`.
         source: The picture.
         consistency: Whether it is held to the coefficients of its JPEG, if it is one.
 

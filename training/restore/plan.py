@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restoration.pictures import picture_format
-from training.saving import PART, SUFFIXES
+from training.restore.saving import PART, SUFFIXES
 
 _PICTURE_ENDINGS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff"}

@@ -19,12 +19,12 @@ from PIL import Image
 
 from restoration.devices import accelerator_available
 from restoration.restorer_file import read_restorer
-from training.carrying import METADATA_FAILURES
-from training.restore_plan import PlannedPicture
-from training.restore_settings import RestoreSettings
-from training.restorer_families import Loading, load_restorer
-from training.restoring import RestorePicture, read_source, restore_source
-from training.saving import OutputFormat, StaleParts, encode_picture, remove, write_whole
+from training.restore.carried import METADATA_FAILURES
+from training.restore.families import Loading, load_restorer
+from training.restore.picture import RestorePicture, read_source, restore_source
+from training.restore.plan import PlannedPicture
+from training.restore.saving import OutputFormat, StaleParts, encode_picture, remove, write_whole
+from training.restore.settings import RestoreSettings
 
 _FAILURES = (*METADATA_FAILURES, Image.DecompressionBombError, RuntimeError, MemoryError)
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})

@@ -13,9 +13,11 @@ from typing import Annotated, Literal
 import tyro
 
 from restoration.restorer_file import read_metadata
-from training.restore_plan import Plan, make_plan, output_kind
-from training.restore_settings import RestoreSettings, unsaid
-from training.restore_workers import (
+from training.restore.families import DTYPES, check_family
+from training.restore.plan import Plan, make_plan, output_kind
+from training.restore.saving import OutputFormat
+from training.restore.settings import RestoreSettings, unsaid
+from training.restore.workers import (
     NoRoomError,
     Tally,
     Work,
@@ -25,8 +27,6 @@ from training.restore_workers import (
     restore_in_processes,
     restore_share,
 )
-from training.restorer_families import DTYPES, check_family
-from training.saving import OutputFormat
 
 _DESCRIPTION = """Restore the JPEGs of a folder and its sub-folders, or one file. The results go to another folder,
 under the same names. PNG, WebP, BMP and TIFF files, which may have been JPEGs once, are restored as well. What is there

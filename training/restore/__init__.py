@@ -1,0 +1,1 @@
+"""`python -m training restore`: pictures restored from the command line, without ComfyUI."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .grid import padded_window
 
-_WINDOWS, _SMALLEST_WINDOW, _LARGEST_WINDOW = 4, 64, 128  # along a side of the sample; of a window, pixels
+_WINDOW = 128  # pixels; larger ones show fewer places, smaller ones have more borders
 
 _Moments = tuple[Tensor, Tensor]
 """Mean and variance, float32 (B, groups)."""
@@ -159,7 +159,7 @@ def sample_of(tensor: Tensor, size: tuple[int, int], align: int = 16) -> Tensor:
 def _windows(length: int, tile: int, align: int) -> list[slice]:
     if length <= tile:
         return [slice(0, length + -length % align)]
-    side = min(max(tile // _WINDOWS, _SMALLEST_WINDOW), _LARGEST_WINDOW, tile)
+    side = min(_WINDOW, tile // 2)
     count = tile // max(side // align * align, align)
     side = tile // count // align * align
     centres = (length * (number + 0.5) / count for number in range(count))

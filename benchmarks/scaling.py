@@ -25,8 +25,8 @@ from benchmarks._common import ROOT, WEIGHTS, evaluation_pictures, heading
 from restoration.jpeg import encode_with_pillow, read_jpeg_and_pixels
 from restoration.restorer_file import read_restorer
 from restoration.tiling import TileGrid
-from training.restore_settings import RestoreSettings
-from training.restorer_families import Loading, load_restorer
+from training.restore.families import Loading, load_restorer
+from training.restore.settings import RestoreSettings
 
 _ALIGN = 16
 _HEADER = "| family | MP | tiles | s | s / MP | peak GB | max, mean at seams | max, mean elsewhere |"
@@ -102,7 +102,7 @@ def _family(name: str, path: Path, options: argparse.Namespace) -> list[str]:
             results = {tile: Path(folder, f"{tile}.npy") for tile in done}
             cells = {}
             for tile, rows in done.items():
-                reason = _too_much(rows, megapixels, options)
+                reason = _too_much(rows, megapixels, options, grows=not tile)
                 if reason:
                     cells[tile] = f"not run: {reason} | | "
                     continue
@@ -117,14 +117,18 @@ def _family(name: str, path: Path, options: argparse.Namespace) -> list[str]:
     return [f"{name}, {'tiles' if tile else 'whole'}: slope {_slope(rows)}" for tile, rows in done.items()]
 
 
-def _too_much(rows: list[Row], megapixels: float, options: argparse.Namespace) -> str:
-    """Why a row is left out, by what its predecessors took: the last two tell how seconds and bytes grow."""
+def _too_much(rows: list[Row], megapixels: float, options: argparse.Namespace, grows: bool) -> str:
+    """Why a row is left out, by what its predecessors took.
+
+    Where seconds for each pixel may grow, the last two tell how; in tiles they only do where one tile becomes several.
+    """
     if not rows:
         return ""
     seconds = rows[-1].seconds * megapixels / rows[-1].megapixels
     peak = rows[-1].start + (rows[-1].peak - rows[-1].start) * megapixels / rows[-1].megapixels
     if len(rows) > 1:
-        seconds *= (megapixels / rows[-1].megapixels) ** max(0.0, _exponent(rows[-2:]) - 1)
+        if grows:
+            seconds *= (megapixels / rows[-1].megapixels) ** min(max(0.0, _exponent(rows[-2:]) - 1), 1)
         growth = (rows[-1].peak - rows[-2].peak) / (rows[-1].megapixels - rows[-2].megapixels)
         peak = rows[-1].peak + max(0.0, growth) * (megapixels - rows[-1].megapixels)
     if seconds > options.seconds:

@@ -33,7 +33,7 @@ class CoreLatentModel:
 
     def __init__(self, model: Any, vae: Any, multiple: int) -> None:
         self.model, self.vae, self.multiple = model, vae, multiple
-        self.network = model.model.diffusion_model
+        self.network = model.model.diffusion_model if hasattr(model.model, "backbone") else None  # docs/tiling.md
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents (B, C, H/8, W/8) of images (B, 3, H, W) in [0, 1]."""

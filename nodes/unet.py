@@ -20,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..restoration.tiling import LatentTile, gaussian_weights, is_out_of_memory_error, latent_tiles
+from ..restoration.tiling.statistics import SharedStatistics, sample_of
 from .backbone import DCTModel, ResidualSampling
 from .dct_latent import plain
 
@@ -29,6 +30,8 @@ _SMALLEST_TILE = 32
 _DOWNSAMPLING = 8
 _SHARE_OF_MEMORY = 0.8
 _MOST_PREVIEWS = 20
+_SAMPLED_WINDOW = 16
+"""Latent pixels along the windows that the statistics of norms are taken from."""
 _UNCHANGED = "Connect the MODEL output of Load JPEG Restorer, without a node that changes its sampling."
 
 
@@ -173,21 +176,43 @@ class _Evaluation:
         parts = list(self._parts(x, aligned=inputs["control"] is not None))
         report = latent_preview.prepare_callback(self.model, len(parts)) if self.previews else _silent
         each = math.ceil(len(parts) / _MOST_PREVIEWS)  # a preview takes time that grows with the whole latent
+        if len(parts) == 1:
+            x0 = call(x, t, inputs)
+            report(0, x0, x, 1)
+            return x0
         blended = torch.zeros_like(x, dtype=torch.float32)
         total = torch.zeros_like(blended[:, :1])
+        evaluate, present = call, None
         for number, (items, tile) in enumerate(parts):
             mm.throw_exception_if_processing_interrupted()
+            if items != present:
+                evaluate, present = self._evaluating(call, x, t, inputs, items), items
             window = (items, slice(None), tile.rows, tile.columns)
-            x0 = call(x[window], t[items], _Cut(items, tile, x)(inputs)) if len(parts) > 1 else call(x, t, inputs)
-            if len(parts) == 1:
-                report(0, x0, x, 1)
-                return x0
+            x0 = evaluate(x[window], t[items], _Cut(items, tile, x)(inputs))
             weights = gaussian_weights(tile.height, tile.width).to(blended)
             blended[window] += x0.float() * weights
             total[window] += weights
             if (number + 1) % each == 0 or number + 1 == len(parts):
                 report(number, torch.where(total > 0, blended / total.clamp(min=1e-30), x), x, len(parts))
         return blended / total
+
+    def _evaluating(
+        self, call: Callable[..., Tensor], x: Tensor, t: Tensor, inputs: dict[str, Any], items: slice
+    ) -> Callable[..., Tensor]:
+        """The network on tiles of one image; of a restorer's own, with the norms' statistics from the whole image.
+
+        An adapted Stable Diffusion is tiled as it was published.
+        """
+        model, tiling = self.model.model, self.tiling
+        if tiling is None or tiling.tile >= max(x.shape[-2:]) or not isinstance(model, DCTModel) or inputs["control"]:
+            return call
+        align = model.tile_multiple
+        side = tiling.tile // align * align
+        sample = sample_of(x[items], (side, side), align, _SAMPLED_WINDOW)
+        whole = LatentTile(0, 0, x.shape[2], x.shape[3])
+        statistics = SharedStatistics(model.diffusion_model)
+        statistics.measure(lambda latent: call(latent, t[items], _Cut(items, whole, x)(inputs)), sample)
+        return partial(statistics.apply, call)
 
     def _parts(self, x: Tensor, *, aligned: bool) -> Iterator[tuple[slice, LatentTile]]:
         height, width = x.shape[-2:]

@@ -123,6 +123,27 @@ def test_tiles_start_where_the_levels_do(fresh: Any) -> None:
     assert len(windows) > 2 and all(window.top % 2 == window.left % 2 == 0 for window in windows)
 
 
+def test_tiles_have_the_norms_of_the_whole(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that is dark on one side and bright on the other: with norms of their own, tiles drift in tone."""
+    graph = Graph()
+    write(fresh, unet=TINY_UNET)
+    image = 0.25 * photo(512, 512)
+    image[:, :, 256:] += 0.7
+    restorer, prompt = loaded(graph), random_prompt(TINY_UNET.context_dim)
+    latent = [encoded(graph, restorer, image), 0]
+    ends = [step(graph, "1", latent, prompt, tiling=tiling, tile=256, overlap=64) for tiling in ("never", "always")]
+    for end in ends:
+        graph.sink([end, 0])
+    outputs = run(fresh, graph).outputs
+    whole, shared = (numbers(outputs(end)[0]) for end in ends)
+    unet = sys.modules[f"{fresh.pack}.nodes.unet"]
+    monkeypatch.setattr(unet._Evaluation, "_evaluating", lambda self, call, *_: call)
+    fresh.forget()
+    own = numbers(run(fresh, graph).outputs(ends[1])[0])
+    errors = [float((tiled - whole).abs().mean()) for tiled in (shared, own)]
+    assert errors[0] < 0.5 * errors[1], errors
+
+
 def test_half_precision_is_cast_where_the_device_cannot(fresh: Any) -> None:
     """As core's loaders do it: the weights are kept in what is asked for, and computed with in what the device can."""
     write(fresh, unet=TWO_LEVELS)

@@ -137,7 +137,7 @@ def _normalized(
     return normalized.to(x.dtype).reshape(x.shape)
 
 
-def sample_of(tensor: Tensor, size: tuple[int, int], align: int = 16) -> Tensor:
+def sample_of(tensor: Tensor, size: tuple[int, int], align: int = 16, window: int = _WINDOW) -> Tensor:
     """A sample of a picture: windows from the middle of equal parts of it, put together in order.
 
     Windows of zeros around them would be the simpler way to keep them apart, but norms see the zeros (docs/tiling.md).
@@ -147,19 +147,21 @@ def sample_of(tensor: Tensor, size: tuple[int, int], align: int = 16) -> Tensor:
         size: Height and width of a tile, multiples of `align`; along a side that is no longer, all of it is taken,
             filled up to a multiple as `pad_to_multiple` does.
         align: Windows start and end at multiples of this, the JPEG grid.
+        window: About their side.
 
     Returns:
         (B, C, h, w) of at most that size, and of more than half of it along each side.
     """
-    rows, columns = (_windows(length, tile, align) for length, tile in zip(tensor.shape[-2:], size, strict=True))
+    pairs = zip(tensor.shape[-2:], size, strict=True)
+    rows, columns = (_windows(length, tile, align, window) for length, tile in pairs)
     strips = [torch.cat([padded_window(tensor, row, column, align) for column in columns], dim=-1) for row in rows]
     return torch.cat(strips, dim=-2)
 
 
-def _windows(length: int, tile: int, align: int) -> list[slice]:
+def _windows(length: int, tile: int, align: int, window: int) -> list[slice]:
     if length <= tile:
         return [slice(0, length + -length % align)]
-    side = min(_WINDOW, tile // 2)
+    side = min(window, tile // 2)
     count = tile // max(side // align * align, align)
     side = tile // count // align * align
     centres = (length * (number + 0.5) / count for number in range(count))

@@ -15,7 +15,8 @@ class TileGrid:
 
     `height` and `width` must be multiples of `align` (see `pad_to_multiple`); `tile` is rounded down and `overlap` up
     to multiples of it, `tile` 0 means whole. All starts are multiples of `align` and all tiles have one size
-    (`tile_height`, `tile_width`): the last of an axis is moved back to end at the border. Neighbours share at least
+    (`tile_height`, `tile_width`): of what `tile` allows (`largest`) the smallest with which as many tiles still cover
+    the picture, for what overlaps is computed twice. The last of an axis is moved back to end at the border. Neighbours share at least
     `overlap` pixels.
     """
 
@@ -28,7 +29,8 @@ class TileGrid:
         if overlap > tile // 2 and tile < max(height, width):
             raise ValueError(f"overlap must be at most half the tile ({tile}), got {overlap}")
         overlap = min(-(-overlap // align), tile // 2 // align) * align
-        self.tile_height, self.tile_width = min(tile, height), min(tile, width)
+        self.largest = (min(tile, height), min(tile, width))
+        self.tile_height, self.tile_width = (_even(length, tile, overlap, align) for length in (height, width))
         self.tops = _starts(height, self.tile_height, overlap)
         self.lefts = _starts(width, self.tile_width, overlap)
         self._row_weights = _partition(self.tops, self.tile_height, height, overlap)
@@ -83,6 +85,14 @@ def _mirrored(span: slice, length: int, multiple: int) -> Tensor:
     if -length % multiple < length:
         return torch.where(positions < length, positions, 2 * (length - 1) - positions)
     return positions.clamp(max=length - 1)
+
+
+def _even(length: int, tile: int, overlap: int, align: int) -> int:
+    """The smallest tile of which no more are needed than of `tile`."""
+    if tile >= length:
+        return length
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return math.ceil((length + (count - 1) * overlap) / count / align) * align
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:

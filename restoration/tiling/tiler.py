@@ -112,8 +112,9 @@ class _Work:
         if statistics is None or not statistics.norms:
             return self._blended(self.function)
         self.total += 1
-        tile = (self.grid.tile_height, self.grid.tile_width)
-        statistics.measure(self.function, *(sample_of(tensor, tile, self.align) for tensor in self.tensors))
+        samples = [sample_of(tensor, self.grid.largest, self.align) for tensor in self.tensors]
+        statistics.measure(self.function, *samples)
+        del samples
         self._count()
         return self._blended(lambda *tiles: statistics.apply(self.function, *tiles))
 

@@ -16,8 +16,8 @@ class TileGrid:
     `height` and `width` must be multiples of `align` (see `pad_to_multiple`); `tile` is rounded down and `overlap` up
     to multiples of it, `tile` 0 means whole. All starts are multiples of `align` and all tiles have one size
     (`tile_height`, `tile_width`): of what `tile` allows (`largest`) the smallest with which as many tiles still cover
-    the picture, for what overlaps is computed twice. The last of an axis is moved back to end at the border. Neighbours share at least
-    `overlap` pixels.
+    the picture, for what overlaps is computed twice. The last of an axis is moved back to end at the border. Neighbours
+    share at least `overlap` pixels.
     """
 
     def __init__(self, height: int, width: int, tile: int, overlap: int, align: int = 16) -> None:

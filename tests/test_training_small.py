@@ -297,3 +297,14 @@ def test_three_minutes_on_a_cpu_beat_the_jpeg(tmp_path: Path) -> None:
     for quality in (5, 10, 20):
         gain = last[f"validation/psnr/qf{quality}"] - last[f"validation/jpeg_psnr/qf{quality}"]
         assert gain > 0.1, (quality, gain)
+
+
+def test_a_saipe_that_has_learnt_keeps_its_encoder_and_decoder(tmp_path: Path) -> None:
+    """With no weight on its reconstruction; what makes tokens learns."""
+    config = sodiff(tmp_path)
+    task = moved(SmallSODiffTask(replace(config, loss=replace(config.loss, embedder=0.0))))
+    task.model.train()
+    task.loss(task.model, pictures(), generator()).backward()
+    network = task.model.prompt.network
+    assert not any(p.requires_grad for part in (network.encoder, network.decoder) for p in part.parameters())
+    assert _learns(network.embedder.queries) and _learns(network.embedder.project.weight)

@@ -73,7 +73,8 @@ class SODiffLossConfig:
     l1: float = 0.0
     """Weight of the mean absolute error."""
     embedder: float = 0.1
-    """With --backbone dct-small, where SAIPE is trained as well: weight of the absolute error of its reconstruction."""
+    """With --backbone dct-small, where SAIPE is trained as well: weight of the absolute error of its reconstruction. 0
+    leaves its encoder and decoder as they are and trains only what makes tokens: for a SAIPE that has learnt."""
     perceptual: PerceptualConfig = field(default_factory=lambda: PerceptualConfig(edges=True))
     """Edge-aware DISTS in the paper: of the pictures and of their Sobel edges."""
     adversarial: PromptedAdversarialConfig = field(default_factory=PromptedAdversarialConfig)
@@ -180,8 +181,8 @@ PRESETS = {
         data=STARTER_DATA,
         backbone="dct-small",
         loss=SODiffLossConfig(
-            mse=0.0, l1=1.0, perceptual=PerceptualConfig("lpips", weight=0.1),
-            adversarial=PromptedAdversarialConfig("dct", weight=3e-4),
+            mse=0.0, l1=1.0, perceptual=PerceptualConfig("lpips", weight=0.5),
+            adversarial=PromptedAdversarialConfig("dct", weight=1e-3),
         ),
         gumbel=False,
         optimizer=replace(STARTER_OPTIMIZER, learning_rate=2e-4),

@@ -23,6 +23,8 @@ class SmallSODiffModel(SmallModel):
 
     gumbel: bool = True
     """Whether training adds noise to the logits of the timestep."""
+    reconstructs: bool = True
+    """Whether SAIPE's encoder and decoder are trained, too; without, only what makes tokens of the encoder's map."""
 
     def train(self, mode: bool = True) -> SmallSODiffModel:
         """As of any module, but the predictor's norms keep the statistics that they were given."""
@@ -34,7 +36,7 @@ class SmallSODiffModel(SmallModel):
     def see(self, degraded: Tensor, noise: torch.Generator | None) -> Seen:
         """SAIPE's tokens, and the expectation of the timestep, with Gumbel noise where `noise` is given."""
         prompt = cast(SAIPEPrompt, self.prompt)
-        picture, tokens = prompt.network(degraded)
+        picture, tokens = prompt.network(degraded) if self.reconstructs else (None, prompt.network.tokens(degraded))
         if prompt.predictor is None:
             assert prompt.timestep is not None
             return Seen(tokens, torch.full((len(degraded),), prompt.timestep, device=degraded.device), None, picture)
@@ -54,7 +56,10 @@ class SmallSODiffTask(SmallTask[SmallSODiffModel]):
         generator = torch.Generator().manual_seed(config.run.seed)
         super().__init__(config, generator)
         self.model = SmallSODiffModel(load_prompt(config, generator), config.unet, generator)
-        self.model.gumbel = config.gumbel
+        self.model.gumbel, self.model.reconstructs = config.gumbel, config.loss.embedder > 0
+        if not self.model.reconstructs:
+            self._prompt.network.encoder.requires_grad_(False)
+            self._prompt.network.decoder.requires_grad_(False)
         if self._prompt.predictor is not None and config.loss.quality == 0:
             self._prompt.predictor.quality_head.requires_grad_(False)
         if config.unet_from is not None:
@@ -70,9 +75,9 @@ class SmallSODiffTask(SmallTask[SmallSODiffModel]):
             fit_norms(self._prompt, degraded)
 
     def auxiliary(self, restored: Restored, batch: dict[str, Any]) -> Tensor:
-        assert restored.reconstruction is not None
-        weights = self.config.loss
-        total = weights.embedder * (restored.reconstruction - batch["clean"]).abs().mean()
+        weights, total = self.config.loss, torch.zeros((), device=restored.pictures.device)
+        if restored.reconstruction is not None:
+            total = weights.embedder * (restored.reconstruction - batch["clean"]).abs().mean()
         if restored.quality is not None and weights.quality > 0:
             total = total + weights.quality * (restored.quality - batch["quality"]).abs().mean()
         return total

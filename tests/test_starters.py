@@ -118,6 +118,9 @@ def test_half_precision_tells_the_same_quality() -> None:
         "docs/sodiff.md",
         "docs/ddrm.md",
         "docs/consistency.md",
+        "docs/starter.md",
+        "docs/tiling.md",
+        "docs/restore_command.md",
         "docs/benchmarks.md",
     ],
 )

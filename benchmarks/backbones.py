@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> None:
         seconds = _train(task, options.device)
         gains = [_gain(task, quality, options.device) for quality in (10, 40)]
         count = sum(parameter.numel() for parameter in task.model.backbone.network.parameters())
-        taken = _time(task, ROWS[name], options.device)
+        taken = _time(task, options.device)
         print(f"| {name} | {count:,} | {seconds:.0f} | {taken:.2f} | {gains[0]:.3f} | {gains[1]:.3f} |", flush=True)
 
 
@@ -165,7 +165,7 @@ def _gain(task: SmallCoDiffTask, quality: int, device: str) -> float:
 
 
 @torch.no_grad()
-def _time(task: SmallCoDiffTask, row: Row, device: str, repeats: int = 3) -> float:
+def _time(task: SmallCoDiffTask, device: str, repeats: int = 3) -> float:
     """Seconds for one picture of 1024x1024, the least of some, in single precision."""
     picture = torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0)).to(device)
     taken = []

@@ -81,7 +81,9 @@ def main(arguments: list[str]) -> None:
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--restorer", type=Path, help="this file in place of the starter, with one family")
+    parser.add_argument(
+        "--restorer", type=Path, help="this file in place of the starter, for every family that is named"
+    )
     parser.add_argument("--megapixels", type=float, nargs="+", default=[0.25, 1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=600, help="leave out rows that would take longer")
     parser.add_argument("--gigabytes", type=float, default=8, help="leave out rows that would take more memory")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..restoration.networks.dct_codec import BLOCK, CHANNELS, DCTCodec
 from ..restoration.networks.small_unet import SmallUNetConfig
-from ..restoration.restorer_file import RestorerFile, RestorerFileError, check_fit, load_part
-from ..restoration.restorers import backbone_of
+from ..restoration.restorer_file import RestorerFile, RestorerFileError, check_fit
+from ..restoration.restorers import backbone_of, codec_of
 from .dct_latent import guarded, plain
 
 
@@ -50,22 +50,6 @@ def make_model(file: RestorerFile, dtype: torch.dtype | None = None) -> Any:
         model.to(offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
     return patcher
-
-
-def codec_of(file: RestorerFile) -> DCTCodec:
-    """The codec that a file's backbone was trained on.
-
-    Raises:
-        RestorerFileError: It is missing, or not valid.
-    """
-    codec = DCTCodec()
-    load_part(codec, file, "codec")
-    if not bool(torch.isfinite(codec.scale).all() and (codec.scale > 0).all()):
-        raise RestorerFileError(
-            f"{file.name}: expected codec.scale to be above 0, got {float(codec.scale.min()):g} as its least. Export "
-            "or download the file again."
-        )
-    return codec.eval().requires_grad_(False)
 
 
 class ResidualSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):

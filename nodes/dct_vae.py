@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..restoration.networks.dct_codec import BLOCK, CHANNELS, DCTCodec
 from ..restoration.restorer_file import RestorerFile
+from ..restoration.restorers import codec_of
 from ..restoration.tiling import pad_to_multiple
-from .backbone import codec_of
 from .dct_latent import guarded, plain
 from .images import split_image
 

@@ -54,12 +54,16 @@ def part_of(on_progress: OnProgress | None, index: int, images: int) -> Report:
     return report
 
 
+class NotFiniteError(ValueError):
+    """A network returned something that is no number."""
+
+
 def finite(tensor: Tensor) -> Tensor:
     """A result as it is.
 
     Raises:
-        ValueError: It holds something that is no number.
+        NotFiniteError: It holds something that is no number.
     """
     if not is_finite(tensor):
-        raise ValueError("the network returned something that is no number. Load the restorer as bf16 or fp32.")
+        raise NotFiniteError("the network returned something that is no number. Load the restorer as bf16 or fp32.")
     return tensor

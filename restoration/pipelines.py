@@ -26,6 +26,7 @@ __all__ = [
     "Constraint",
     "DriftRecSettings",
     "Progress",
+    "batch_of",
     "embed_with_cave",
     "embed_with_saipe",
     "finished",
@@ -184,14 +185,14 @@ def _average_of_samples(
 ) -> Tensor:  # fmt: skip
     padded, size = pad_to_multiple(image, _multiple(model, compute))
     planned = SAMPLERS[settings.sampler].evaluations(settings.steps)
-    finished = 0  # evaluations of the present sample
+    evaluated = 0  # evaluations of the present sample
 
     def report_evaluation(done: float, preview: Tensor | None) -> None:
         part = done / planned if planned else 1 - math.exp(-done / 40)
         report((number + min(part, 1.0)) / settings.samples, preview)
 
     def report_part(done: float) -> None:
-        report_evaluation(finished + done, None)
+        report_evaluation(evaluated + done, None)
 
     def denoise(x: Tensor, degraded: Tensor, t: float) -> Tensor:
         return _tiled(partial(model, t=t), model.network, compute, (x, degraded), report_part)
@@ -210,11 +211,11 @@ def _average_of_samples(
     for number in range(settings.samples):
 
         def callback(step: SamplerStep) -> None:
-            nonlocal finished
-            finished = step.index
-            report_evaluation(finished, crop_to(step.denoised, size))
+            nonlocal evaluated
+            evaluated = step.index
+            report_evaluation(evaluated, crop_to(step.denoised, size))
 
-        finished = 0
+        evaluated = 0
         noise = NoiseSource(sample_generator(settings.seed, number))
         restored = sample(
             settings.sampler, denoiser, model.sde, padded, noise, steps=settings.steps, tolerance=settings.tolerance,

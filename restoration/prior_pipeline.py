@@ -226,7 +226,8 @@ class _Picture:
             if done < total:
                 on_part(done / total)
 
-        return finite(tiler(on_device, x, on_tile=on_tile, network=self.prior.network))
+        tiled = tiler(on_device, x, on_tile=on_tile, network=self.prior.network, even=not self.prior.tile)
+        return finite(tiled)
 
     def _measurement(self, device: torch.device) -> Measurement:
         """The measurement on a device, made once for all the samples."""

@@ -6,7 +6,6 @@ import math
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calibration import Calibration
@@ -49,8 +48,23 @@ class CaVEPrompt(nn.Module):
         if self.most_tokens is None or rows * columns <= self.most_tokens:
             return features
         shrink = math.sqrt(self.most_tokens / (rows * columns))
-        fewer = max(1, int(rows * shrink)), max(1, int(columns * shrink))
-        return F.adaptive_avg_pool2d(features, (min(fewer[0], self.most_tokens), min(fewer[1], self.most_tokens)))
+        down, across = (
+            averaging(length, min(max(1, int(length * shrink)), self.most_tokens)).to(features)
+            for length in (rows, columns)
+        )
+        return down @ features @ across.T
+
+
+def averaging(length: int, parts: int) -> Tensor:
+    """The matrix (parts, length) that averages a side over so many parts, which may share what lies between them.
+
+    What `adaptive_avg_pool2d` does along each side, which not every device can for all sizes.
+    """
+    matrix = torch.zeros(parts, length)
+    for part in range(parts):
+        start, stop = part * length // parts, -(-(part + 1) * length // parts)
+        matrix[part, start:stop] = 1 / (stop - start)
+    return matrix
 
 
 class SAIPEPrompt(nn.Module):

@@ -17,6 +17,7 @@ from .diffusion.prior import DiffusionPrior, NoiseSchedule
 from .diffusion.sde import make_sde
 from .networks.adm_unet import ADMUNet, ADMUNetConfig
 from .networks.cave import CaVEConfig
+from .networks.dct_codec import DCTCodec
 from .networks.ddpm_unet import DDPMUNet, DDPMUNetConfig
 from .networks.ncsnpp import NCSNpp, NCSNppConfig
 from .networks.saipe import SAIPE, SAIPEConfig
@@ -82,10 +83,10 @@ def load_weights(restorer: Restorer, file: RestorerFile, *, assign: bool = False
 
 
 def backbone_of(metadata: RestorerMetadata, name: str) -> SmallUNetConfig | None:
-    """The UNet that a one-step restorer brings along with its codec; None where it adapts a base model, or has none.
+    """The UNet that a one-step restorer brings along with its codec; None of other families, and of adapters of a base.
 
     Raises:
-        RestorerFileError: Its configuration is not valid.
+        RestorerFileError: It is not described, or not validly.
     """
     if metadata.family not in ("codiff", "sodiff") or metadata.base is not None:
         return None
@@ -99,6 +100,22 @@ def backbone_of(metadata: RestorerMetadata, name: str) -> SmallUNetConfig | None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RestorerFileError(f"{name}: its backbone is not valid ({error}). Download or export it again.") from error
     return config
+
+
+def codec_of(file: RestorerFile) -> DCTCodec:
+    """The codec that a file's backbone was trained on.
+
+    Raises:
+        RestorerFileError: It is missing, or not valid.
+    """
+    codec = DCTCodec()
+    load_part(codec, file, "codec")
+    if not bool(torch.isfinite(codec.scale).all() and (codec.scale > 0).all()):
+        raise RestorerFileError(
+            f"{file.name}: expected codec.scale to be above 0, got {float(codec.scale.min()):g} as its least. Export "
+            "or download the file again."
+        )
+    return codec.eval().requires_grad_(False)
 
 
 def _single(file: RestorerFile) -> RestorerFile:

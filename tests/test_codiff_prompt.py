@@ -10,7 +10,7 @@ import torch
 from restoration.adapters import read_lora
 from restoration.networks.cave import CaVEConfig, cells
 from restoration.pipelines import Compute, Progress, embed_with_cave
-from restoration.prompts import CaVEPrompt
+from restoration.prompts import CaVEPrompt, averaging
 from restoration.restorer_file import RestorerFile, RestorerFileError, RestorerMetadata
 from restoration.restorers import build_restorer
 from restoration.tiling import Tiler
@@ -145,3 +145,25 @@ def test_a_first_stage_alone_restores_nothing() -> None:
     metadata = replace(file_with({}).metadata, family="cave")
     with pytest.raises(RestorerFileError, match=r"training codiff --cave one\.safetensors"):
         build_restorer(metadata, "one.safetensors")
+
+
+@pytest.mark.parametrize(("length", "parts"), [(46, 19), (31, 13), (5, 5), (7, 1), (100, 99)])
+def test_averages_of_neighbours_are_those_of_adaptive_pooling(length: int, parts: int) -> None:
+    """Against torch's own, which Apple's devices lack where the sizes do not divide each other."""
+    values = torch.rand(1, 2, 1, length, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.adaptive_avg_pool2d(values, (1, parts))
+    torch.testing.assert_close(values @ averaging(length, parts).T, expected)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (4, 4), (31, 46), (1, 300), (400, 2)])
+def test_larger_pictures_have_no_more_tokens_than_are_wanted(rows: int, columns: int) -> None:
+    """In the shape of the picture; smaller ones keep a token for each cell."""
+    model = CaVEPrompt(CaVEConfig((8, 8, 16, 32), 1), 48, 499.0, 16).eval()
+    features = torch.rand(2, 32, rows, columns, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = model(features)
+        every = model.projection(features.flatten(2).transpose(1, 2))
+    assert len(tokens[0]) == rows * columns if rows * columns <= 16 else 8 <= len(tokens[0]) <= 16
+    torch.testing.assert_close(tokens.mean(dim=1), every.mean(dim=1), atol=0.02, rtol=0)
+    if rows * columns <= 16:
+        assert torch.equal(tokens, every)

@@ -196,6 +196,17 @@ def test_the_default_tile_is_the_priors():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_prior_sees_no_other_size_than_the_one_that_it_was_trained_on() -> None:
+    """Also where smaller tiles would cover the picture; one that takes any size saves what would be computed twice."""
+    sizes = []
+    for own in (64, 0):
+        network = Smoother()
+        compute = Compute(tiler=Tiler(64, 16))
+        restore_ddrm(prior(network, tile=own), [jpeg(64, 80)], DDRMSettings(**FAST), compute=compute)
+        sizes.append({call[2:4] for call in network.calls})
+    assert sizes == [{(64, 64)}, {(64, 48)}]
+
+
 def test_fewer_samples_run_at_once_before_tiles_become_smaller():
     """Memory for two samples of a whole picture: 8 becomes 2, and the picture stays whole."""
     network, released = Smoother(limit=2 * 64 * 64), []
@@ -214,7 +225,7 @@ def test_then_tiles_become_smaller():
     settings = DDRMSettings(steps=2, samples=2)
     restore_ddrm(prior(network), [jpeg(256, 256)], settings, compute=Compute(tiler=tiler), samples_at_once=2)
     assert [call[0] for call in network.calls][:2] == [2, 1] and tiler.tile == 128
-    assert network.calls[-1][:4] == (1, 3, 128, 128)
+    assert network.calls[-1][:4] == (1, 3, 112, 112)  # nine tiles as small as they may be
 
 
 def test_the_error_comes_out_where_nothing_helps():

@@ -270,6 +270,12 @@ def test_a_run_can_start_from_its_own_file_and_no_other(kind: str, tmp_path: Pat
 def test_what_contradicts_itself_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected dct or none with --backbone dct-small, got sd\."):
         replace(CODIFF["starter"], loss=replace(CODIFF["starter"].loss, adversarial=AdversarialConfig("sd")))
+    with pytest.raises(ValueError, match=r"embedder.context_dim: expected unet.context_dim \(64\), got 128"):
+        replace(SODIFF["starter"], unet=replace(SODIFF["starter"].unet, context_dim=64))
+    with pytest.raises(ValueError, match=r"loss.l1: expected a weight of at least 0, got -1"):
+        replace(CODIFF["starter"].loss, l1=-1.0)
+    with pytest.raises(ValueError, match=r"adversarial.width: expected a multiple of 8, got 12"):
+        AdversarialConfig("dct", width=12)
     with pytest.raises(ValueError, match=r"with --backbone sd2.1-base, got dct\."):
         replace(SODIFF["paper"], loss=replace(SODIFF["paper"].loss, adversarial=PromptedAdversarialConfig("dct")))
 

@@ -10,7 +10,7 @@ from restoration.diffusion.one_step import interpolate_alphas_cumprod, remove_re
 from restoration.networks.dct_codec import DCTCodec
 from restoration.networks.small_unet import SmallUNetConfig
 from restoration.restorer_file import RestorerFile, RestorerFileError, load_part
-from restoration.restorers import backbone_of
+from restoration.restorers import backbone_of, codec_of
 from restoration.tiling import crop_to, pad_to_multiple
 from training.discriminators import draw_layers
 
@@ -88,7 +88,6 @@ def load_latent_model(file: RestorerFile, device: torch.device | str = "cpu") ->
             f"{file.name}: expected a one-step restorer with a network of its own, got one of the family "
             f"{file.metadata.family} that needs {file.metadata.base or 'none'}. Choose another file."
         )
-    model = DCTModel(make_unet(config), DCTCodec(), config.size_multiple)
+    model = DCTModel(make_unet(config), codec_of(file), config.size_multiple)
     load_part(model.network, file, "unet")
-    load_part(model.codec, file, "codec")
     return model.to(device).eval().requires_grad_(False)

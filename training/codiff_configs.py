@@ -10,9 +10,9 @@ from restoration.networks.cave import CaVEConfig
 from restoration.networks.small_unet import SmallUNetConfig
 from training import degradation as jpeg
 from training.configs import (
-    STARTER_DATA,
-    STARTER_OPTIMIZER,
-    STARTER_VALIDATION,
+    ONE_STEP_DATA,
+    ONE_STEP_OPTIMIZER,
+    ONE_STEP_VALIDATION,
     DataConfig,
     OptimizerConfig,
     RunConfig,
@@ -26,6 +26,7 @@ from training.one_step_configs import (
     check_discriminator,
     check_precision,
     check_timestep,
+    check_width,
 )
 
 
@@ -55,6 +56,7 @@ class AdversarialConfig:
             raise ValueError(
                 f"adversarial: expected a rank of at least 1, an alpha above 0 and a weight of at least 0, got {self}."
             )
+        check_width(self.width)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class CoDiffLossConfig:
     clamp_gradient: bool = False
     """Pictures are clamped to [0, 1] before the loss. As published, a value outside gets no gradient then; true hands
     it that of the clamped value."""
+
+    def __post_init__(self) -> None:
+        for name in ("mse", "l1", "embedder"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name}: expected a weight of at least 0, got {getattr(self, name):g}.")
 
 
 @dataclass(frozen=True)
@@ -163,13 +170,13 @@ PRESETS = {
     "24gb": _one_card("codiff-24gb", gradient_checkpointing=False),
     "12gb": _one_card("codiff-12gb", gradient_checkpointing=True),
     "starter": CoDiffConfig(
-        data=STARTER_DATA,
+        data=ONE_STEP_DATA,
         backbone="dct-small",
         loss=CoDiffLossConfig(
             mse=0.0, l1=1.0, perceptual=PerceptualConfig("none"), adversarial=AdversarialConfig("none")
         ),
-        optimizer=STARTER_OPTIMIZER,
-        validation=STARTER_VALIDATION,
+        optimizer=ONE_STEP_OPTIMIZER,
+        validation=ONE_STEP_VALIDATION,
         run=RunConfig(
             output=Path("runs/starter-onestep-faithful"), images=160_000, batch=4, precision="bf16",
             checkpoint_every=8_000, half=True,

@@ -217,10 +217,10 @@ _STARTER_DATA = DataConfig(
 _STARTER_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_images=2000, gradient_clip=1.0)
 _STARTER_VALIDATION = ValidationConfig(every=20_000, crop=128)
 
-STARTER_DATA = replace(_STARTER_DATA, crop=96)
+ONE_STEP_DATA = replace(_STARTER_DATA, crop=96)
 """What the one-step starters are trained on: crops of 12x12 blocks."""
-STARTER_OPTIMIZER = replace(_STARTER_OPTIMIZER, learning_rate=5e-4)
-STARTER_VALIDATION = replace(_STARTER_VALIDATION, every=16_000)
+ONE_STEP_OPTIMIZER = replace(_STARTER_OPTIMIZER, learning_rate=5e-4)
+ONE_STEP_VALIDATION = replace(_STARTER_VALIDATION, every=16_000)
 
 PRESETS: dict[str, dict[str, DriftRecConfig | RegressionConfig | CaVETrainingConfig]] = {
     "driftrec": {

@@ -74,3 +74,13 @@ def check_discriminator(backbone: Backbone, discriminator: str) -> None:
             f"loss.adversarial.discriminator: expected {' or '.join(fits)} with --backbone {backbone}, got "
             f"{discriminator}. Change one of the two."
         )
+
+
+def check_width(width: int) -> None:
+    """Refuse a width that the small discriminator's norms cannot share out.
+
+    Raises:
+        ValueError: It is no multiple of 8.
+    """
+    if width < 8 or width % 8:
+        raise ValueError(f"adversarial.width: expected a multiple of 8, got {width}.")

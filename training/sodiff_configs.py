@@ -11,9 +11,9 @@ from restoration.networks.saipe import SAIPEConfig
 from restoration.networks.small_unet import SmallUNetConfig
 from restoration.networks.timestep_predictor import TimestepPredictorConfig
 from training.configs import (
-    STARTER_DATA,
-    STARTER_OPTIMIZER,
-    STARTER_VALIDATION,
+    ONE_STEP_DATA,
+    ONE_STEP_OPTIMIZER,
+    ONE_STEP_VALIDATION,
     DataConfig,
     OptimizerConfig,
     RunConfig,
@@ -29,6 +29,7 @@ from training.one_step_configs import (
     check_discriminator,
     check_precision,
     check_timestep,
+    check_width,
 )
 
 SMALL_SAIPE = SAIPEConfig(
@@ -62,6 +63,7 @@ class PromptedAdversarialConfig:
             raise ValueError(
                 f"adversarial: expected a rank of at least 1, an alpha above 0 and a weight of at least 0, got {self}."
             )
+        check_width(self.width)
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ class SODiffLossConfig:
     """Pictures are clamped to [0, 1] before the loss; true hands a value outside the gradient of the clamped one."""
 
     def __post_init__(self) -> None:
-        if self.mse < 0 or self.quality < 0:
-            raise ValueError(f"expected weights of at least 0, got mse {self.mse:g} and quality {self.quality:g}.")
+        for name in ("mse", "l1", "quality", "embedder"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name}: expected a weight of at least 0, got {getattr(self, name):g}.")
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,11 @@ class SODiffConfig:
     def __post_init__(self) -> None:
         check_precision(self.base, self.run)
         check_discriminator(self.backbone, self.loss.adversarial.discriminator)
+        if self.backbone == "dct-small" and self.saipe is None and self.embedder.context_dim != self.unet.context_dim:
+            raise ValueError(
+                f"embedder.context_dim: expected unet.context_dim ({self.unet.context_dim}), got "
+                f"{self.embedder.context_dim}. Give both the same."
+            )
         if self.timestep is not None:
             check_timestep("timestep", self.timestep)
         if self.timestep is None and not 2 <= self.predictor.timesteps <= TIMESTEPS:
@@ -178,16 +186,16 @@ PRESETS = {
         ),
     ),
     "starter": SODiffConfig(
-        data=STARTER_DATA,
+        data=ONE_STEP_DATA,
         backbone="dct-small",
         loss=SODiffLossConfig(
             mse=0.0, l1=1.0, perceptual=PerceptualConfig("lpips", weight=0.5),
             adversarial=PromptedAdversarialConfig("dct", weight=1e-3),
         ),
         gumbel=False,
-        optimizer=replace(STARTER_OPTIMIZER, learning_rate=2e-4),
+        optimizer=replace(ONE_STEP_OPTIMIZER, learning_rate=2e-4),
         critic_optimizer=OptimizerConfig(learning_rate=2e-4, gradient_clip=1.0),
-        validation=STARTER_VALIDATION,
+        validation=ONE_STEP_VALIDATION,
         run=RunConfig(
             output=Path("runs/starter-onestep-vivid"), images=24_000, batch=8, precision="bf16",
             checkpoint_every=8_000, half=True,

@@ -97,7 +97,11 @@ class JPEGConstraint:
         return self._cells.project(images, strength=self.strength)
 
     def finish(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], float32 in whole 8-bit levels, held to the file as `make_consistent` does."""
+        """Images (B, 3, H, W) in [0, 1], float32 in whole 8-bit levels, held to the file as `make_consistent` does.
+
+        What `project` keeps for the sampler is let go: the constraints of a film's frames live on together.
+        """
+        self._cells = None
         result = make_consistent(
             images, [self.jpeg], strength=self.strength, closed_loop=self.closed_loop, check=self.check
         )

@@ -16,11 +16,13 @@ class TileGrid:
     `height` and `width` must be multiples of `align` (see `pad_to_multiple`); `tile` is rounded down and `overlap` up
     to multiples of it, `tile` 0 means whole. All starts are multiples of `align` and all tiles have one size
     (`tile_height`, `tile_width`): of what `tile` allows (`largest`) the smallest with which as many tiles still cover
-    the picture, for what overlaps is computed twice. The last of an axis is moved back to end at the border. Neighbours
-    share at least `overlap` pixels.
+    the picture, for what overlaps is computed twice; or, unless `even`, `tile` itself. The last of an axis is moved
+    back to end at the border. Neighbours share at least `overlap` pixels.
     """
 
-    def __init__(self, height: int, width: int, tile: int, overlap: int, align: int = 16) -> None:
+    def __init__(
+        self, height: int, width: int, tile: int, overlap: int, align: int = 16, *, even: bool = True
+    ) -> None:  # fmt: skip
         if height % align or width % align or min(height, width) < 1:
             raise ValueError(f"a grid aligned to {align} needs sides that are multiples of it, got {height}x{width}")
         if tile < 0 or overlap < 0:
@@ -30,7 +32,9 @@ class TileGrid:
             raise ValueError(f"overlap must be at most half the tile ({tile}), got {overlap}")
         overlap = min(-(-overlap // align), tile // 2 // align) * align
         self.largest = (min(tile, height), min(tile, width))
-        self.tile_height, self.tile_width = (_even(length, tile, overlap, align) for length in (height, width))
+        self.tile_height, self.tile_width = self.largest
+        if even:
+            self.tile_height, self.tile_width = (_even(length, tile, overlap, align) for length in (height, width))
         self.tops = _starts(height, self.tile_height, overlap)
         self.lefts = _starts(width, self.tile_width, overlap)
         self._row_weights = _partition(self.tops, self.tile_height, height, overlap)

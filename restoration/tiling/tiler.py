@@ -43,7 +43,7 @@ class Tiler:
 
     def __call__(
         self, function: Function, *tensors: Tensor, on_tile: Callable[[int, int], None] | None = None,
-        network: nn.Module | None = None, multiple: int = 1,
+        network: nn.Module | None = None, multiple: int = 1, even: bool = True,
     ) -> Tensor:  # fmt: skip
         """`function(*tiles)` over all tiles of `tensors`, blended.
 
@@ -58,6 +58,8 @@ class Tiler:
                 from a sample of the whole (`SharedStatistics`), which costs one tile more; None lets each tile have
                 its own.
             multiple: Sides of tiles are multiples of this, too.
+            even: Whether tiles may be smaller than `tile` where as many would do; not for networks that were trained on
+                one size.
 
         Returns:
             (B,C',H,W). Where the whole is one tile, just what the function returns, cut to that size.
@@ -70,7 +72,7 @@ class Tiler:
         height, width = (length + -length % align for length in size)
         while True:
             overlap = min(self.overlap, self.tile // 2) if self.tile else self.overlap
-            grid = TileGrid(height, width, self.tile, overlap, align)
+            grid = TileGrid(height, width, self.tile, overlap, align, even=even)
             work = _Work(function, tensors, grid, align, on_tile)
             try:
                 return work.result(network)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +24,12 @@ PART = ".part"
 """The ending of files that are being written."""
 _LONGEST_SIDE = {"png": 2**31 - 1, "webp": 16383, "jpeg": 65500}
 _MOST_IN_A_MARKER = {"exif": 65533, "xmp": 65533 - 29}
+_FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_CLOSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+
+
+class NoRoomError(OSError):
+    """Nothing more can be written."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,8 @@ def _png_text(xmp: bytes) -> PngInfo:
 def write_whole(target: Path, data: bytes, stale: Iterable[Path] = ()) -> None:
     """Write a file so that a kill at any moment leaves it whole or absent.
 
+    Who may read it is as for all files that the user makes (umask).
+
     Args:
         target: The file; its folder is made.
         data: What it holds.
@@ -117,20 +127,46 @@ def write_whole(target: Path, data: bytes, stale: Iterable[Path] = ()) -> None:
         OSError: It cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{_mark(target)}-"
-    file = tempfile.NamedTemporaryFile(dir=target.parent, prefix=prefix, suffix=PART, delete=False)  # noqa: SIM115
-    part = Path(file.name)
+    part = target.with_name(f".{_mark(target)}-{secrets.token_hex(4)}{PART}")
     try:
-        with file:
+        with open(part, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(part, 0o644)  # temporary files are private
         remove(stale)
         os.replace(part, target)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, and refuse one in which no file can be made, before time is spent on what would go there.
+
+    Raises:
+        ValueError: It cannot be made, or be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"expected a folder that can be written to, got {folder} ({error.strerror}). Give another OUT, or see to "
+            "its permissions and its room."
+        ) from error
+
+
+def no_room(folder: Path, error: OSError) -> NoRoomError | None:
+    """What to say of a failed writing where those of further files would fail as well, else None."""
+    if error.errno in _FULL:
+        return NoRoomError(f"{folder} takes no more ({error.strerror}): make room and repeat the command")
+    if error.errno in _CLOSED:
+        return NoRoomError(
+            f"{folder} cannot be written to ({error.strerror}): see to its permissions, or give another OUT, and "
+            "repeat the command"
+        )
+    return None
 
 
 def remove(parts: Iterable[Path]) -> None:

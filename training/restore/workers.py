@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import time
@@ -21,13 +20,22 @@ from restoration.devices import accelerator_available
 from restoration.restorer_file import read_restorer
 from training.restore.carried import METADATA_FAILURES
 from training.restore.families import Loading, load_restorer
-from training.restore.picture import RestorePicture, read_source, restore_source
+from training.restore.picture import RestorePicture, SourcePicture, read_source, restore_source
 from training.restore.plan import PlannedPicture
-from training.restore.saving import OutputFormat, StaleParts, encode_picture, remove, write_whole
+from training.restore.saving import (
+    NoRoomError,
+    OutputFormat,
+    StaleParts,
+    encode_picture,
+    no_room,
+    remove,
+    write_whole,
+)
 from training.restore.settings import RestoreSettings
 
-_FAILURES = (*METADATA_FAILURES, Image.DecompressionBombError, RuntimeError, MemoryError)
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+"""What a picture may be to blame for; all else is a mistake of the program, and ends it."""
+_READING_FAILURES = (*METADATA_FAILURES, Image.DecompressionBombError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,6 @@ class Tally:
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(self.done + other.done, self.skipped + other.skipped, self.failed + other.failed)
-
-
-class NoRoomError(OSError):
-    """Nothing more can be written."""
 
 
 def choose_device(name: str, worker: int) -> torch.device:
@@ -134,15 +138,23 @@ def restore_share(
 def _restore_one(work: Work, picture: PlannedPicture, restore: RestorePicture, stale: Sequence[Path]) -> Tally:
     started = time.perf_counter()
     try:
-        remarks = _restored(work, picture, restore, stale)
+        source = read_source(picture.source, metadata=work.metadata)
+    except _READING_FAILURES as error:
+        return _failed(work, picture, error)
+    try:
+        remarks = _restored(work, picture, source, restore, stale)
     except NoRoomError:
         raise
     except _FAILURES as error:
-        reason = _reason(error, picture.source.name)
-        _say(work, picture, f"not restored: {reason}")
-        return Tally(failed=[(picture.name, reason)])
+        return _failed(work, picture, error)
     _say(work, picture, f"{'; '.join(remarks)}; {time.perf_counter() - started:.1f} s")
     return Tally(done=1)
+
+
+def _failed(work: Work, picture: PlannedPicture, error: Exception) -> Tally:
+    reason = _reason(error, picture.source.name)
+    _say(work, picture, f"not restored: {reason}")
+    return Tally(failed=[(picture.name, reason)])
 
 
 def _reason(error: Exception, name: str) -> str:
@@ -151,19 +163,17 @@ def _reason(error: Exception, name: str) -> str:
     return f"it{text.removeprefix(name)}" if text.startswith(f"{name} ") else text.removeprefix(f"{name}: ")
 
 
-def _restored(work: Work, picture: PlannedPicture, restore: RestorePicture, stale: Sequence[Path]) -> list[str]:
+def _restored(
+    work: Work, picture: PlannedPicture, source: SourcePicture, restore: RestorePicture, stale: Sequence[Path]
+) -> list[str]:  # fmt: skip
     """Restore and write one picture; returns remarks on it."""
-    source = read_source(picture.source, metadata=work.metadata)
     work.format.check_size(source.pixels.shape[-1], source.pixels.shape[-2])
     restored = restore_source(restore, source, consistency=work.settings.consistency)
     data, notes = encode_picture(restored, work.format, source.carried)
     try:
         write_whole(picture.target, data, stale)
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            where = picture.target.parent
-            raise NoRoomError(f"{where} takes no more ({error.strerror}): make room and repeat the command") from error
-        raise
+        raise no_room(picture.target.parent, error) or error from error
     return [source.description, *notes]
 
 
@@ -183,7 +193,7 @@ def restore_in_processes(
         first: The number of the first one on this machine.
 
     Yields:
-        What came of each picture, and of each process that was killed.
+        What came of each picture, also of those of a process that was killed.
 
     Raises:
         ValueError: The restorer cannot be used.
@@ -191,34 +201,49 @@ def restore_in_processes(
     """
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // jobs)
-    running: dict[Any, BaseProcess] = {}
+    running: dict[Any, _Job] = {}
     try:
-        for job in range(jobs):
+        for number in range(jobs):
             results, theirs = context.Pipe(duplex=False)
-            arguments = (work, list(pictures[job::jobs]), first + job, threads, theirs)
-            running[results] = context.Process(target=_child, args=arguments, daemon=True)
-            running[results].start()
+            share = list(pictures[number::jobs])
+            process = context.Process(target=_child, args=(work, share, first + number, threads, theirs), daemon=True)
+            running[results] = _Job(process, share)
+            process.start()
             theirs.close()
         while running:
             for results in wait(list(running)):
-                yield _received(results, running)
+                yield _received(work, results, running)
     finally:
-        for process in running.values():
-            process.terminate()
+        for job in running.values():
+            job.process.terminate()
 
 
-def _received(results: Any, running: dict[Any, BaseProcess]) -> Tally:
+@dataclass(frozen=True)
+class _Job:
+    """A process, and those of its pictures that it has not told of yet, the next one first."""
+
+    process: BaseProcess
+    left: list[PlannedPicture]
+
+
+def _received(work: Work, results: Any, running: dict[Any, _Job]) -> Tally:
     """The next message of a process, which is forgotten when it has ended."""
     try:
         message = results.recv()
-    except EOFError:
-        process = running.pop(results)
-        process.join()
-        reason = f"it was ended with status {process.exitcode}: repeat the command, with fewer --jobs if memory ran out"
-        return Tally(failed=[(f"the share of {process.name}", reason)] if process.exitcode else [])
+    except (EOFError, OSError):  # OSError where it was killed within a message
+        return _of_the_dead(work, running.pop(results))
     if isinstance(message, Exception):
         raise message
+    del running[results].left[0]
     return message
+
+
+def _of_the_dead(work: Work, job: _Job) -> Tally:
+    """What came of the pictures that a process has not told of; none are left of one that came to its end."""
+    job.process.join()
+    reason = f"its process ended with status {job.process.exitcode}: repeat the command, with fewer --jobs if memory ran out"
+    there = [picture for picture in job.left if picture.target.exists() and not work.overwrite]
+    return Tally(skipped=len(there), failed=[(picture.name, reason) for picture in job.left if picture not in there])
 
 
 def _child(work: Work, pictures: list[PlannedPicture], worker: int, threads: int, results: Connection) -> None:

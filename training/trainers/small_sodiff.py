@@ -15,7 +15,7 @@ from restoration.restorer_file import RestorerMetadata
 from training.sodiff_configs import SODiffConfig
 from training.trainers.one_step import Restored, Seen
 from training.trainers.small import SmallModel, SmallTask, take_backbone
-from training.trainers.sodiff import fit_norms, load_prompt, measured_calibration, predictor_norms
+from training.trainers.sodiff import fit_norms, load_prompt, measured_calibration, predictor_norms, seen_figures
 
 
 class SmallSODiffModel(SmallModel):
@@ -87,11 +87,7 @@ class SmallSODiffTask(SmallTask[SmallSODiffModel]):
 
     def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
         """`timestep`: as the nodes predict it; `quality_error`: the mean absolute error of the predicted quality."""
-        seen = self.model.see(degraded, None)
-        measured = {"timestep": float(seen.timestep.mean())}
-        if seen.quality is not None and self._tells_quality:
-            measured["quality_error"] = float((seen.quality - quality).abs().mean())
-        return measured
+        return seen_figures(self.model.see(degraded, None), quality, tells_quality=self._tells_quality)
 
     def metadata(self, training: dict[str, Any], license: str) -> RestorerMetadata:
         prompt = self._prompt

@@ -117,11 +117,7 @@ class SODiffTask(OneStepTask[SODiffModel]):
 
     def measure(self, degraded: Tensor, quality: Tensor) -> dict[str, float]:
         """`timestep`: as the nodes predict it; `quality_error`: the mean absolute error of the predicted quality."""
-        seen = self.model.see(degraded, None)
-        measured = {"timestep": float(seen.timestep.mean())}
-        if seen.quality is not None and self._tells_quality:
-            measured["quality_error"] = float((seen.quality - quality).abs().mean())
-        return measured
+        return seen_figures(self.model.see(degraded, None), quality, tells_quality=self._tells_quality)
 
     def calibration(self) -> Calibration | None:
         """The mean timestep of the validation pictures at each of `CALIBRATED_QUALITIES`."""
@@ -172,6 +168,14 @@ def measured_calibration(predictor: TimestepPredictor, pictures: Sequence[np.nda
             qualities.append(float(quality))
             timesteps.append(float(expected_timestep(predictor(degraded)[1])))
     return Calibration.fit(qualities, timesteps) if qualities else None
+
+
+def seen_figures(seen: Seen, quality: Tensor, *, tells_quality: bool) -> dict[str, float]:
+    """`timestep`, the mean, and `quality_error`, the mean absolute one against qualities (B,), where it is told."""
+    measured = {"timestep": float(seen.timestep.mean())}
+    if seen.quality is not None and tells_quality:
+        measured["quality_error"] = float((seen.quality - quality).abs().mean())
+    return measured
 
 
 def predictor_norms(prompt: nn.Module) -> list[nn.BatchNorm2d]:

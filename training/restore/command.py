@@ -13,12 +13,11 @@ from typing import Annotated, Literal
 import tyro
 
 from restoration.restorer_file import read_metadata
-from training.restore.families import DTYPES, check_family
+from training.restore.families import DTYPES, Loading, check_family
 from training.restore.plan import Plan, make_plan, output_kind
-from training.restore.saving import OutputFormat
+from training.restore.saving import NoRoomError, OutputFormat, check_writable
 from training.restore.settings import RestoreSettings, unsaid
 from training.restore.workers import (
-    NoRoomError,
     Tally,
     Work,
     choose_device,
@@ -129,15 +128,17 @@ def restore(options: RestoreOptions) -> int:
 def _planned(options: RestoreOptions) -> tuple[Plan, Work]:
     if options.jobs < 1:
         raise ValueError(f"expected --jobs of at least 1, got {options.jobs}.")
-    check_family(read_metadata(options.restorer), options.restorer.name, options.settings, options.base)
-    choose_device(options.device, 0)
+    loading = Loading(options.settings, choose_device(options.device, 0), DTYPES.get(options.dtype), options.base)
+    check_family(read_metadata(options.restorer), options.restorer.name, loading)
     kind = output_kind(options.input, options.output, options.format)
     if options.jpeg_quality is not None and kind != "jpeg":
         raise ValueError(f"expected no --jpeg-quality for {kind}, which is lossless. Leave it out, or --format jpeg.")
     form = OutputFormat(kind) if options.jpeg_quality is None else OutputFormat(kind, options.jpeg_quality)
     plan = make_plan(options.input, options.output, form.suffix)
+    if options.overwrite or plan.missing():
+        check_writable(options.output if options.input.is_dir() else plan.pictures[0].target.parent)
     work = Work(
-        options.restorer, options.base, options.settings, DTYPES.get(options.dtype), form, options.device,
+        options.restorer, options.base, options.settings, loading.dtype, form, options.device,
         options.overwrite, options.metadata, len(plan.pictures),
     )  # fmt: skip
     return plan, work

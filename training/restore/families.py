@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from restoration.compute import Compute
+from restoration.compute import Compute, NotFiniteError
 from restoration.diffusion.prediction import RegressionRestorer, ScoreDenoiser
 from restoration.diffusion.prior import DiffusionPrior
 from restoration.jpeg import JPEGConstraint, JPEGData
@@ -36,6 +36,7 @@ _TAKEN = {
     "sodiff": ("quality",),
 }
 """Family -> the settings that it has beside those of all."""
+_ONE_STEP = ("codiff", "sodiff")
 _NO_RESTORERS = {
     "quality": "it tells the quality of pictures and restores none",
     "saipe": "it is the first stage of SODiff alone, which restores nothing: train the second (python -m training "
@@ -67,13 +68,13 @@ class Loading:
         return self.dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
 
 
-def check_family(metadata: RestorerMetadata, name: str, settings: RestoreSettings, base: str | None) -> None:
+def check_family(metadata: RestorerMetadata, name: str, loading: Loading) -> None:
     """Refuse what a restorer cannot do, before anything is loaded.
 
     Raises:
         ValueError: It restores nothing, lacks its base model, or is given settings that it does not have.
     """
-    family = metadata.family
+    family, base = metadata.family, loading.base
     if family not in _TAKEN:
         reason = _NO_RESTORERS.get(family, "this version does not know how to use it")
         raise ValueError(f"{name} is of the family {family}: {reason}. Give --restorer one of {', '.join(_TAKEN)}.")
@@ -86,9 +87,16 @@ def check_family(metadata: RestorerMetadata, name: str, settings: RestoreSetting
         raise ValueError(f"{name} needs no base model. Leave --base out.")
     possible = {setting for settings_of_one in _TAKEN.values() for setting in settings_of_one}
     idle = sorted(possible.difference(_TAKEN[family]))
-    given = [f"--{setting.replace('_', '-')}" for setting in idle if getattr(settings, setting) is not None]
+    given = [f"--{setting.replace('_', '-')}" for setting in idle if getattr(loading.settings, setting) is not None]
     if given:
         raise ValueError(f"{name} is of the family {family}, which has no {', '.join(given)}. Leave that out.")
+    if _is_single(metadata) and loading.dtype not in (None, torch.float32):
+        raise ValueError(f"{name} runs in single precision here. Leave --dtype out.")
+
+
+def _is_single(metadata: RestorerMetadata) -> bool:
+    """Whether it is a one-step restorer with a network of its own, which runs in single precision alone."""
+    return metadata.family in _ONE_STEP and metadata.base is None
 
 
 def load_restorer(file: RestorerFile, loading: Loading) -> RestorePicture:
@@ -97,10 +105,31 @@ def load_restorer(file: RestorerFile, loading: Loading) -> RestorePicture:
     Raises:
         ValueError: As `check_family`, or the file or its base model is not whole, or not fit for the type.
     """
-    check_family(file.metadata, file.name, loading.settings, loading.base)
+    check_family(file.metadata, file.name, loading)
     if loading.settings.strength == 0:
         return _untouched
-    if file.metadata.family in ("codiff", "sodiff"):
+    single = _is_single(file.metadata) or loading.network_dtype == torch.float32
+    return _advising(_restoring(file, loading), single=single)
+
+
+def _advising(restore: RestorePicture, *, single: bool) -> RestorePicture:
+    """The same, with what to do where a result is no number; `single` is whether it runs in single precision."""
+    advice = "get the --restorer again, or give another one" if single else "give --dtype fp32"
+
+    def advising(image: Tensor, jpeg: JPEGData | None, constraint: JPEGConstraint | None) -> Tensor:
+        try:
+            return restore(image, jpeg, constraint)
+        except NotFiniteError as error:
+            precision = "single" if single else "half"
+            raise ValueError(
+                f"the network, in {precision} precision, returned something that is no number: {advice}"
+            ) from error
+
+    return advising
+
+
+def _restoring(file: RestorerFile, loading: Loading) -> RestorePicture:
+    if file.metadata.family in _ONE_STEP:
         return _one_step(file, loading)
     restorer = build_restorer(file.metadata, file.name, dtype=loading.network_dtype)
     load_weights(restorer, file)
@@ -183,8 +212,6 @@ def _latent_model(file: RestorerFile, loading: Loading) -> tuple[LatentModel, Co
 
         model = load_adapted_base(file, loading.base, loading.device, loading.network_dtype)
         return model, _compute(loading, model.size_multiple, tile=_ADAPTER_TILE, overlap=_ADAPTER_OVERLAP)
-    if loading.dtype not in (None, torch.float32):
-        raise ValueError(f"{file.name} runs in single precision here. Leave --dtype out.")
     from training.backbone import load_latent_model
 
     small = load_latent_model(file, loading.device)

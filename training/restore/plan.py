@@ -15,6 +15,11 @@ _PICTURE_ENDINGS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 )  # fmt: skip
 _FORMAT_OF_ENDING = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+_ENDINGS_NOT_WRITTEN = frozenset({
+    ".apng", ".arw", ".avif", ".bmp", ".cr2", ".cr3", ".dib", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif", ".hif",
+    ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".jxl", ".mpo", ".nef", ".orf", ".pbm", ".pcx", ".pdf",
+    ".pgm", ".pnm", ".ppm", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".svg", ".tga", ".tif", ".tiff", ".xcf",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,13 @@ def output_kind(source: Path, output: Path, kind: str | None) -> str:
     """The format of the results: what is asked for, else what OUT ends in where it names a file, else PNG.
 
     Raises:
-        ValueError: The two contradict each other.
+        ValueError: The two contradict each other, or OUT names a file of a format that is not written.
     """
+    if source.is_file() and not output.is_dir() and output.suffix.lower() in _ENDINGS_NOT_WRITTEN:
+        raise ValueError(
+            f"expected OUT to end in {', '.join(_FORMAT_OF_ENDING)}, or to be a folder, got {output.name}: results are "
+            f"not written as {output.suffix}. Choose another ending."
+        )
     named = _FORMAT_OF_ENDING.get(output.suffix.lower()) if _names_file(source, output) else None
     if kind is not None and named is not None and kind != named:
         raise ValueError(

@@ -173,7 +173,9 @@ def _restored(
     try:
         write_whole(picture.target, data, stale)
     except OSError as error:
-        raise no_room(picture.target.parent, error) or error from error
+        if (ending := no_room(picture.target.parent, error)) is not None:
+            raise ending from error
+        raise
     return [source.description, *notes]
 
 
@@ -207,8 +209,8 @@ def restore_in_processes(
             results, theirs = context.Pipe(duplex=False)
             share = list(pictures[number::jobs])
             process = context.Process(target=_child, args=(work, share, first + number, threads, theirs), daemon=True)
-            running[results] = _Job(process, share)
             process.start()
+            running[results] = _Job(process, share)
             theirs.close()
         while running:
             for results in wait(list(running)):
@@ -241,7 +243,8 @@ def _received(work: Work, results: Any, running: dict[Any, _Job]) -> Tally:
 def _of_the_dead(work: Work, job: _Job) -> Tally:
     """What came of the pictures that a process has not told of; none are left of one that came to its end."""
     job.process.join()
-    reason = f"its process ended with status {job.process.exitcode}: repeat the command, with fewer --jobs if memory ran out"
+    status = job.process.exitcode
+    reason = f"its process ended with status {status}: repeat the command, with fewer --jobs if memory ran out"
     there = [picture for picture in job.left if picture.target.exists() and not work.overwrite]
     return Tally(skipped=len(there), failed=[(picture.name, reason) for picture in job.left if picture not in there])
 

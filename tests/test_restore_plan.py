@@ -78,6 +78,16 @@ def test_one_file_goes_into_a_folder_or_becomes_a_file(tmp_path: Path) -> None:
         target("a.jpg")
 
 
+@pytest.mark.parametrize("name", ["x.tif", "x.TIFF", "x.bmp", "x.gif", "x.heic", "x.avif", "x.jp2", "x.jfif"])
+def test_formats_that_are_not_written_are_refused(name: str, tmp_path: Path) -> None:
+    """Else x.tif would become a folder; one that is there is a folder, whatever it is called."""
+    source = save(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=rf"expected OUT to end in \.png.*, or to be a folder, got {name}: "):
+        output_kind(source, tmp_path / name, "png")
+    (tmp_path / name).mkdir()
+    assert output_kind(source, tmp_path / name, None) == output_kind(tmp_path, tmp_path / "new.tif", None) == "png"
+
+
 def test_places_where_results_would_mix_with_pictures_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "in" / "a.jpg")
     save(tmp_path / "in" / "in" / "b.jpg")
@@ -98,8 +108,19 @@ def test_places_where_results_would_mix_with_pictures_are_refused(tmp_path: Path
 def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path: Path) -> None:
     target = tmp_path / f"{'x' * 251}.png"
     write_whole(target, b"whole")
-    assert target.read_bytes() == b"whole" and target.stat().st_mode & 0o777 == 0o644
+    assert target.read_bytes() == b"whole"
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such permissions here")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_results_is_as_the_user_has_it_for_all_files(mask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "a.png", b"whole")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == mode
 
 
 def test_a_failed_writing_leaves_nothing(tmp_path: Path) -> None:

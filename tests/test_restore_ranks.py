@@ -86,9 +86,12 @@ def test_a_killed_job_is_reported_and_the_others_finish(folder: Path, tmp_path: 
         stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         os.kill(wait_for_worker(process.pid, output, "spawn_main"), signal.SIGKILL)
-        _, errors = process.communicate(timeout=200)
-    assert process.returncode == 1 and "ended with status -9: repeat the command" in errors
-    assert PICTURES / 2 <= len(files(output)) < PICTURES
+        said, errors = process.communicate(timeout=200)
+    named = [line.split(": ")[1] for line in errors.splitlines() if "ended with status -9: repeat the command" in line]
+    missing = {name.removesuffix(".png") for name in set(files(folder / "single")) - set(files(output))}
+    assert process.returncode == 1 and 0 < len(missing) <= PICTURES / 2
+    assert {name.removesuffix(".jpg was not restored") for name in named} == missing and len(named) == len(missing)
+    assert f" {len(missing)} failed" in said
     assert restore(folder / "in", output, folder / "regression.safetensors") == 0
     assert_as_single(folder, output)
 

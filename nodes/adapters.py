@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..restoration.adapters import LoRA, read_lora
 from ..restoration.restorer_file import RestorerFile, RestorerFileError
+from .types import Source
 
 WHERE_FROM = (
     "SD 2.1-base has left its first home: load v2-1_512-ema-pruned.safetensors of "
@@ -22,11 +23,17 @@ WHERE_FROM = (
     "and connect its MODEL and VAE."
 )
 _LATENT_CHANNELS = 4
+_SIGNATURES = "jpeg_restorers"
 _CONV_IN = "conv_in"
 
 
-def adapt_model(model: Any, file: RestorerFile) -> Any:
+def adapt_model(model: Any, file: RestorerFile, source: Source) -> Any:
     """A clone of a MODEL with the restorer's LoRA on it and, of the family codiff, its first convolution replaced.
+
+    Args:
+        model: Stable Diffusion 2.1-base.
+        file: The restorer.
+        source: Its file, which the clone and all its clones name (`adapted_by`).
 
     Raises:
         ValueError: There is no MODEL, or it is not an SD 2.1-base; the message says what to load.
@@ -44,13 +51,19 @@ def adapt_model(model: Any, file: RestorerFile) -> Any:
     adapted.add_patches(_patches(lora, keys))
     if file.metadata.family == "codiff":
         _replace_first(adapted, keys[_CONV_IN].removesuffix(".weight"), file.part("unet"), file.name)
+    _sign(adapted, source)
     return adapted
 
 
-def adapt_vae(vae: Any, file: RestorerFile) -> Any:
+def adapt_vae(vae: Any, file: RestorerFile, source: Source) -> Any:
     """A copy of a VAE whose encoder carries the restorer's LoRA; it shares its weights with the input.
 
     Of the family sodiff, which leaves the VAE as it is (arXiv 2508.07346), the input itself, or None.
+
+    Args:
+        vae: Of Stable Diffusion 2.1-base.
+        file: The restorer.
+        source: Its file, which the copy's patcher names (`adapted_by`).
 
     Raises:
         ValueError: There is no VAE, or it is not one of SD 2.1; the message says what to load.
@@ -72,7 +85,13 @@ def adapt_vae(vae: Any, file: RestorerFile) -> Any:
     adapted = copy.copy(vae)
     adapted.patcher = vae.patcher.clone()
     adapted.patcher.add_patches(_patches(lora, keys))
+    _sign(adapted.patcher, source)
     return adapted
+
+
+def adapted_by(patcher: Any) -> tuple[Source, ...]:
+    """The files of the restorers that a MODEL, or the patcher of a VAE, has been adapted by, the first first."""
+    return patcher.get_attachment(_SIGNATURES) or ()
 
 
 def vae_layer(name: str) -> str:
@@ -89,6 +108,10 @@ def vae_layer(name: str) -> str:
         names = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
         parts = ["mid", f"attn_{int(parts[2]) + 1}", names.get(parts[3], parts[3])]
     return ".".join(["encoder", *("nin_shortcut" if part == "conv_shortcut" else part for part in parts)])
+
+
+def _sign(patcher: Any, source: Source) -> None:
+    patcher.set_attachments(_SIGNATURES, (*adapted_by(patcher), source))
 
 
 def _check_model(model: Any, file: RestorerFile) -> None:

@@ -80,7 +80,7 @@ class DCTLatentFormat(comfy.latent_formats.LatentFormat):
         return guarded(latent)
 
 
-class DCTModel(comfy.model_base.BaseModel):
+class DCTBackboneModel(comfy.model_base.BaseModel):
     """Core's UNet on DCT latents."""
 
     def __init__(self, model_config: _ModelConfig, device: torch.device | None = None) -> None:
@@ -109,11 +109,11 @@ class _ModelConfig(comfy.supported_models_base.BASE):
         super().__init__(backbone.core_arguments())
         self.backbone, self.latent_format = backbone, latent_format
 
-    def get_model(self, state_dict: Any, prefix: str = "", device: torch.device | None = None) -> DCTModel:
-        return DCTModel(self, device)
+    def get_model(self, state_dict: Any, prefix: str = "", device: torch.device | None = None) -> DCTBackboneModel:
+        return DCTBackboneModel(self, device)
 
 
-def _core_weights(model: DCTModel, file: RestorerFile) -> dict[str, Tensor]:
+def _core_weights(model: DCTBackboneModel, file: RestorerFile) -> dict[str, Tensor]:
     """A file's `unet.` tensors by core's names."""
     expected, part = model.diffusion_model.state_dict(), file.part("unet")
     known = comfy.utils.unet_to_diffusers(model.model_config.unet_config)

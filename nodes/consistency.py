@@ -10,6 +10,7 @@ from torch import Tensor
 from ..restoration.compute import Progress
 from ..restoration.jpeg import ConsistencyResult, JPEGData, make_consistent
 from .images import join_image, split_image
+from .inputs import share_input
 from .runtime import ProgressReport, image_device, show_text
 from .types import JPEGDataSocket, errors_of, expect_jpegs
 
@@ -43,14 +44,10 @@ class JPEGConsistency(io.ComfyNode):
                     "jpeg",
                     tooltip="JPEG_DATA of the JPEGs that they were restored from: one for each image, or one for all.",
                 ),
-                io.Float.Input(
+                share_input(
                     "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    round=0.001,
-                    tooltip="How far the images are moved: 1 until they agree with the file, 0 not at all (they are "
+                    1.0,
+                    "How far the images are moved: 1 until they agree with the file, 0 not at all (they are "
                     "returned as they are, not rounded either).",
                 ),
                 io.Boolean.Input(

@@ -10,7 +10,7 @@ from ..restoration.prior_pipeline import MEASUREMENTS, DDRMSettings, restore_ddr
 from .images import join_image
 from .inputs import closed_loop_input, overlap_input, samples_input, seed_input, tile_input, weight_input
 from .runtime import ProgressReport, image_device, prepare_prior
-from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_jpegs, expect_restorer
+from .types import JPEGDataSocket, Restorer, RestorerSocket, errors_of, expect_jpegs, expect_one_size, expect_restorer
 
 _DEFAULTS = DDRMSettings()
 _AUTOMATIC = -1
@@ -18,6 +18,7 @@ JPEG_REMEDY = (
     "If it once was a JPEG, connect Compress to JPEG, which makes one of it, or restore it with a restorer that needs "
     "pixels only, such as DriftRec."
 )
+ONE_SIZE_REMEDY = "One IMAGE holds pictures of one size; restore them with a node for each."
 
 
 class DDRMJPEGRestore(io.ComfyNode):
@@ -77,8 +78,8 @@ class DDRMJPEGRestore(io.ComfyNode):
                 None if class_label < 0 else class_label,
             )
             prior: DiffusionPrior = expect_restorer(restorer, "prior")
-            jpegs = jpegs_of_one_size(expect_jpegs(jpeg, JPEG_REMEDY))
-            height, width = jpegs[0].upright_height, jpegs[0].upright_width
+            jpegs = expect_jpegs(jpeg, JPEG_REMEDY)
+            height, width = expect_one_size(jpegs, ONE_SIZE_REMEDY)
             compute, at_once = prepare_prior(restorer, height, width, samples, tile, overlap)
             restored = restore_ddrm(
                 prior, jpegs, settings, compute=compute, samples_at_once=at_once, on_progress=ProgressReport()
@@ -166,18 +167,3 @@ def _inputs() -> list[io.Input]:
             "others.",
         ),
     ]
-
-
-def jpegs_of_one_size(jpegs: list[JPEGData]) -> list[JPEGData]:
-    """JPEGs as they are.
-
-    Raises:
-        ValueError: They are of several sizes.
-    """
-    sizes = list(dict.fromkeys((jpeg.upright_width, jpeg.upright_height) for jpeg in jpegs))
-    if len(sizes) > 1:
-        found = ", ".join(f"{width}x{height}" for width, height in sizes[:3])
-        raise ValueError(
-            f"expected JPEGs of one size, which one IMAGE can hold, got {found}. Restore them with a node for each."
-        )
-    return jpegs

@@ -12,9 +12,9 @@ from .driftrec import DriftRecSample
 from .files import LoadJPEG, LoadJPEGRestorer
 from .folder import LoadJPEGFolder
 from .latent import JPEGToLatent
+from .loading import register_restorer_folders
 from .one_step import CaVEEmbed, OneStepDenoise
 from .restore import RestoreJPEG
-from .runtime import register_restorer_folders
 from .sodiff import QFTimestepPredict, SAIPEPrompt
 
 

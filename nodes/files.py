@@ -18,7 +18,8 @@ from ..restoration.pipelines import predict_timesteps
 from ..restoration.restorer_file import read_restorer
 from .adapters import adapt_model, adapt_vae
 from .images import join_image
-from .runtime import DTYPES, image_device, load_restorer, prepare_exact, restorer_names, restorer_path
+from .loading import DTYPES, load_restorer, restorer_names, restorer_path
+from .runtime import image_device, prepare_exact
 from .types import JPEGDataSocket, NoJPEG, RestorerSocket, errors_of, expect_restorer
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -152,7 +153,7 @@ class LoadJPEGRestorer(io.ComfyNode):
                 model, vae = loaded.backbone.model, loaded.backbone.vae
             elif loaded.metadata.base is not None:
                 file = read_restorer(path)
-                model, vae = adapt_model(model, file), adapt_vae(vae, file)
+                model, vae = adapt_model(model, file, loaded.source), adapt_vae(vae, file, loaded.source)
         return io.NodeOutput(loaded, model, vae)
 
     @classmethod

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
+
+_UP_TO_1: dict[str, Any] = {"max": 1.0, "step": 0.05, "round": 0.001}
 
 
 def seed_input(tooltip: str) -> io.Input:
@@ -17,11 +21,15 @@ def samples_input(default: int, tooltip: str) -> io.Input:
     return io.Int.Input("samples", default=default, min=1, max=64, tooltip=tooltip)
 
 
+def share_input(name: str, default: float, tooltip: str) -> io.Input:
+    """A required share, 0 to 1."""
+    return io.Float.Input(name, default=default, **_UP_TO_1, min=0.0, tooltip=tooltip)
+
+
 def weight_input(name: str, default: float, tooltip: str, *, lowest: float = 0.0) -> io.Input:
     """An advanced weight up to 1."""
     return io.Float.Input(
-        name, default=default, min=lowest, max=1.0, step=0.05, round=0.001, optional=True, advanced=True,
-        tooltip=tooltip,
+        name, default=default, **_UP_TO_1, min=lowest, optional=True, advanced=True, tooltip=tooltip
     )  # fmt: skip
 
 

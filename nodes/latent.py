@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..restoration.jpeg import JPEGData
 from .dct_latent import guarded
 from .dct_vae import DCTVAE
-from .types import JPEGDataSocket, errors_of, expect_jpegs
+from .types import JPEGDataSocket, errors_of, expect_jpegs, expect_one_size
 
 _REMEDY = "Encode its IMAGE with VAE Encode."
 
@@ -56,21 +56,6 @@ class JPEGToLatent(io.ComfyNode):
                     "coefficients. Choose such a restorer in Load JPEG Restorer, or use VAE Encode."
                 )
             jpegs = expect_jpegs(jpeg, _REMEDY)
-            size = _common_size(jpegs)
+            size = expect_one_size(jpegs, "Connect one at a time.")
             latents = [vae.first_stage_model.encode_jpeg(one).to(mm.intermediate_device()) for one in jpegs]
         return io.NodeOutput({"samples": guarded(torch.cat(latents), size)})
-
-
-def _common_size(jpegs: list[JPEGData]) -> tuple[int, int]:
-    """Height and width, upright.
-
-    Raises:
-        ValueError: They differ.
-    """
-    sizes = sorted({(one.upright_height, one.upright_width) for one in jpegs})
-    if len(sizes) > 1:
-        found = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
-        raise ValueError(
-            f"expected JPEGs of one size, got {found}{' and more' if len(sizes) > 3 else ''}. Connect one at a time."
-        )
-    return sizes[0]

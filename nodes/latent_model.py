@@ -10,12 +10,15 @@ from torch import Tensor
 
 from ..restoration.compute import Compute
 from ..restoration.tiling import Tiler
+from .adapters import adapted_by
 from .dct_latent import plain
 from .runtime import fitting_tile, is_out_of_memory
 from .types import Restorer
 from .unet import Tiling, denoise_once
 
-_DEFAULT_TILE = 1024
+_OWN_TILE = 1024
+_SD_TILE, _SD_OVERLAP = 768, 256
+"""Pixels, as CODiff was published."""
 _SD_MULTIPLE = 64
 """Pixels that the sides of what Stable Diffusion's UNet sees are multiples of: 8 of its VAE times 8 of its levels."""
 _JPEG_GRID = 16
@@ -29,10 +32,12 @@ class CoreLatentModel:
         model: Core's MODEL with the restorer's weights.
         vae: Core's VAE with the restorer's weights.
         multiple: Pixels that the sides of images have to be multiples of.
+        tile: Usual side of tiles, pixels.
+        overlap: What tiles of the usual side share at least, pixels.
     """
 
-    def __init__(self, model: Any, vae: Any, multiple: int) -> None:
-        self.model, self.vae, self.multiple = model, vae, multiple
+    def __init__(self, model: Any, vae: Any, multiple: int, tile: int = _OWN_TILE, overlap: int = 0) -> None:
+        self.model, self.vae, self.multiple, self.tile, self.overlap = model, vae, multiple, tile, overlap
         self.network = model.model.diffusion_model if hasattr(model.model, "backbone") else None  # docs/tiling.md
 
     def encode(self, images: Tensor) -> Tensor:
@@ -60,7 +65,8 @@ class CoreLatentModel:
     def compute(self, size: tuple[int, int], tile: int, overlap: int) -> Compute:
         """How images of that (height, width) are split; `tile` 0 for the usual side, halved when memory runs out."""
         device = self.model.load_device
-        tile = fitting_tile(self.memory_required, device, size, tile or _DEFAULT_TILE)
+        overlap = overlap if tile else max(overlap, self.overlap)
+        tile = fitting_tile(self.memory_required, device, size, tile or self.tile)
         align = math.lcm(_JPEG_GRID, self.multiple)
         tiler = Tiler(tile, overlap, align, is_out_of_memory=is_out_of_memory, release=mm.soft_empty_cache)
         return Compute(device, tiler, mm.throw_exception_if_processing_interrupted)
@@ -87,11 +93,14 @@ def latent_model_of(restorer: Restorer, model: Any = None, vae: Any = None) -> C
             "JPEG Restorer to model and vae here, and those of Load Checkpoint to Load JPEG Restorer."
         )
     _check(restorer, model, vae)
-    return CoreLatentModel(model, vae, _SD_MULTIPLE if own is None else model.model.backbone.size_multiple)
+    if own is None:
+        return CoreLatentModel(model, vae, _SD_MULTIPLE, _SD_TILE, _SD_OVERLAP)
+    return CoreLatentModel(model, vae, model.model.backbone.size_multiple)
 
 
 def _check(restorer: Restorer, model: Any, vae: Any) -> None:
-    remedy = "Connect MODEL and VAE of the Load JPEG Restorer that this restorer comes from."
+    remedy = "Connect MODEL and VAE of the Load JPEG Restorer that this restorer comes from"
+    remedy += "." if restorer.backbone else ", and those of Load Checkpoint to that one."
     context, expected = model.model.model_config.unet_config.get("context_dim"), restorer.metadata.config["context_dim"]
     if context != expected:
         raise ValueError(f"{restorer.name} expected a MODEL for prompts {expected} wide, got {context}. {remedy}")
@@ -101,5 +110,20 @@ def _check(restorer: Restorer, model: Any, vae: Any) -> None:
             f"{restorer.name} expected a VAE of {channels} latent channels, as its MODEL has, got "
             f"{getattr(vae, 'latent_channels', 'none')}. {remedy}"
         )
-    if (restorer.backbone is None) == hasattr(model.model, "backbone") or not (restorer.backbone or model.patches):
-        raise ValueError(f"{restorer.name} expected the MODEL with its own weights in it, got another. {remedy}")
+    foreign = " and the ".join(_foreign(restorer, model, vae))
+    if foreign:
+        raise ValueError(
+            f"{restorer.name} expected the {foreign} with its own weights and no other restorer's, got another. "
+            f"{remedy} LoRAs of yours may be added to that MODEL."
+        )
+
+
+def _foreign(restorer: Restorer, model: Any, vae: Any) -> list[str]:
+    """Which of MODEL and VAE are not the restorer's; clones and what is patched on top of them are."""
+    own = restorer.backbone
+    if own is not None:
+        fits = {"MODEL": model.is_clone(own.model), "VAE": vae.first_stage_model is own.vae.first_stage_model}
+    else:
+        adapted = () if restorer.metadata.family == "sodiff" else (restorer.source,)  # it leaves the VAE as it is
+        fits = {"MODEL": adapted_by(model) == (restorer.source,), "VAE": adapted_by(vae.patcher) == adapted}
+    return [name for name, fit in fits.items() if not fit]

@@ -9,13 +9,23 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..restoration.jpeg import JPEGData
-from .ddrm import JPEG_REMEDY, jpegs_of_one_size
+from ..restoration.strips import is_finite, strips_of
+from .ddrm import JPEG_REMEDY, ONE_SIZE_REMEDY
 from .driftrec import one_jpeg_each
 from .images import join_image, split_image
-from .inputs import closed_loop_input, overlap_input, samples_input, seed_input, tile_input
+from .inputs import closed_loop_input, overlap_input, samples_input, seed_input, share_input, tile_input
 from .restoring import FAMILIES, Pictures, Restoration, Settings, decoded, restore
 from .runtime import ProgressReport, image_device, show_text
-from .types import JPEGDataSocket, NoJPEG, Restorer, RestorerSocket, errors_of, expect_jpegs, expect_restorer
+from .types import (
+    JPEGDataSocket,
+    NoJPEG,
+    Restorer,
+    RestorerSocket,
+    errors_of,
+    expect_jpegs,
+    expect_one_size,
+    expect_restorer,
+)
 
 _DEFAULTS = Settings()
 _AUTOMATIC = -1.0
@@ -40,7 +50,9 @@ class RestoreJPEG(io.ComfyNode):
             inputs=[*_main_inputs(), *_advanced_inputs()],
             outputs=[
                 io.Image.Output(
-                    "IMAGE", tooltip="The restored pictures, of the same size, rounded to whole 8-bit levels."
+                    "IMAGE",
+                    tooltip="The restored pictures, of the same size, rounded to whole 8-bit levels; at strength 0 "
+                    "without a file to hold them to, the pictures just as they came.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -96,16 +108,12 @@ def _main_inputs() -> list[io.Input]:
             "jpeg",
             optional=True,
             tooltip="JPEG_DATA of the same pictures: one for each, or one for all. The result is held to it, as "
-            "consistency says. A restorer of the family prior needs it.",
+            "consistency says. A restorer of the family prior needs it, one for each.",
         ),
-        io.Float.Input(
+        share_input(
             "strength",
-            default=_DEFAULTS.strength,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            round=0.001,
-            tooltip="1 is the whole restoration, 0 gives the pictures back as they came; in between both are blended.",
+            _DEFAULTS.strength,
+            "1 is the whole restoration, 0 gives the pictures back as they came; in between both are blended.",
         ),
         seed_input(
             "Of the noise. The same seed gives the same picture. Restorers of the families driftrec and prior give "
@@ -116,15 +124,10 @@ def _main_inputs() -> list[io.Input]:
             "Restorations that are averaged, by restorers of the families driftrec and prior: 1 keeps the most "
             "texture, more come closer to the original on average and take longer. Others ignore it.",
         ),
-        io.Float.Input(
+        share_input(
             "consistency",
-            default=_DEFAULTS.consistency,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            round=0.001,
-            tooltip="With jpeg connected: how far the result is moved into what the file allows. 1 all the way, 0 not "
-            "at all.",
+            _DEFAULTS.consistency,
+            "With jpeg connected: how far the result is moved into what the file allows. 1 all the way, 0 not at all.",
         ),
     ]
 
@@ -171,9 +174,12 @@ def _advanced_inputs() -> list[io.Input]:
         tile_input(
             _DEFAULTS.tile,
             "Side of the tiles that larger pictures are split into, pixels; 0 takes what suits the restorer, mostly "
-            "1024. It is halved when memory runs out.",
+            "1024, and 768 with an overlap of at least 256 where it adapts Stable Diffusion 2.1-base. It is halved "
+            "when memory runs out.",
         ),
-        overlap_input("Pixels that neighbouring tiles share, at most half a tile; they are blended there."),
+        overlap_input(
+            "Pixels that neighbouring tiles share; they are blended there. More than half a tile is lowered to that."
+        ),
     ]
 
 
@@ -184,12 +190,30 @@ def _pictures(image: Tensor | None, jpeg: Any, restorer: Restorer) -> tuple[Pict
     if restorer.metadata.family == "prior":
         _expect_files(jpeg, restorer)
     if image is None:
-        jpegs = jpegs_of_one_size(expect_jpegs(jpeg, "Connect the IMAGE of the same picture, too."))
+        jpegs = expect_jpegs(jpeg, "Connect the IMAGE of the same picture, too.")
+        expect_one_size(jpegs, ONE_SIZE_REMEDY)
         return Pictures(decoded(jpegs), jpegs), None
     images, alpha = split_image(image)
+    _expect_numbers(images)
     if jpeg is None or _no_jpegs(jpeg):
         return Pictures(images), alpha
+    if restorer.metadata.family == "prior" and len(jpeg) != len(images):
+        raise ValueError(
+            f"expected one JPEG for each of the {len(images)} images, got {len(jpeg)}: {restorer.name}, a prior, "
+            "restores what is in the file. Connect the JPEG_DATA that belongs to these images."
+        )
     return Pictures(images, one_jpeg_each(jpeg, images)), alpha
+
+
+def _expect_numbers(images: Tensor) -> None:
+    """What no network can make a picture of, and would be blamed for."""
+    for number, image in enumerate(images, 1):
+        if not is_finite(image):
+            missing = sum(int(strip.isfinite().logical_not_().sum()) for strip in strips_of(image))
+            raise ValueError(
+                f"image {number} holds something that is no number (NaN) in {missing} of its values. Look at the node "
+                "that made it: a network in half precision often does this; run it in float32."
+            )
 
 
 def _expect_files(jpeg: Any, restorer: Restorer) -> None:

@@ -24,6 +24,8 @@ _PIXEL_TILE = 1024
 _EXACT_TILE = 1024
 _SEEING = 0.1
 """The part of the progress that looking at the pictures makes."""
+_SAMPLING = 0.98
+"""The part of the progress that a prior's samples make where they are blended afterwards."""
 _SEEDS = 2**64
 
 
@@ -40,7 +42,7 @@ class Settings:
         quality: In place of what is seen, 0 to 100, or None (sodiff).
         same_for_batch: Whether the pictures are frames of a film: one timestep, one noise.
         tile: Side of tiles in pixels; 0 for what suits the restorer.
-        overlap: Of neighbouring tiles, pixels.
+        overlap: Of neighbouring tiles, pixels; at most half of their side is taken.
     """
 
     strength: float = 1.0
@@ -145,23 +147,40 @@ def _by_pixels(task: _Task, pictures: Pictures, report: OnProgress) -> Restorati
 
 
 def _by_prior(task: _Task, pictures: Pictures, report: OnProgress) -> Restoration:
-    """DDRM, as DDRMJPEGRestore: what is in the files counts, not the pictures."""
+    """DDRM, as DDRMJPEGRestore: what is in the files is restored; the pictures are what it is blended with."""
     settings, prior = task.settings, task.restorer.module
+    if prior.classes:
+        raise ValueError(
+            f"{task.restorer.name} is a prior that was trained on {prior.classes} classes and has to be told which one "
+            "a picture shows; this node has no input for it. Use Restore JPEG with DDRM, which has class_label."
+        )
+    blended = settings.strength < 1
     sampling = DDRMSettings(
         seed=settings.seed,
         samples=settings.samples,
-        consistency=settings.consistency,
+        consistency=0.0 if blended else settings.consistency,
         closed_loop=settings.closed_loop,
-        strength=settings.strength,
     )
     height, width = pictures.images.shape[-2:]
     compute, at_once = prepare_prior(
         task.restorer, height, width, settings.samples, settings.tile, settings.overlap
     )  # fmt: skip
     restored = restore_ddrm(
-        prior, pictures.jpegs, sampling, compute=compute, samples_at_once=at_once, on_progress=report
-    )
-    return Restoration(restored)
+        prior, pictures.jpegs, sampling, compute=compute, samples_at_once=at_once,
+        on_progress=_part(report, 0.0, _SAMPLING) if blended else report,
+    )  # fmt: skip
+    return Restoration(_blended(restored, pictures, settings, report) if blended else restored)
+
+
+def _blended(restored: Tensor, pictures: Pictures, settings: Settings, report: OnProgress) -> Tensor:
+    """Restorations blended with the pictures, then held to their files."""
+    compute = Compute(check=lambda: report(Progress(_SAMPLING, None)))
+    constraints = constraints_of(list(pictures.jpegs), settings.consistency, settings.closed_loop, compute)
+    given = pictures.images.to(restored)
+    each = zip(given.split(1), restored.split(1), constraints or [None] * len(given), strict=True)
+    result = batch_of((finished(*pair, settings.strength, constraint) for *pair, constraint in each), given)
+    report(Progress(1.0, None))
+    return result
 
 
 def _in_one_step(task: _Task, pictures: Pictures, report: OnProgress) -> Restoration:

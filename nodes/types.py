@@ -39,6 +39,15 @@ class Backbone:
     vae: Any
 
 
+@dataclass(frozen=True)
+class Source:
+    """One version of a file: its path, the time of its last change in nanoseconds, and its size in bytes."""
+
+    path: str
+    changed: int
+    size: int
+
+
 @dataclass(frozen=True, eq=False)
 class Restorer:
     """A restorer file that is loaded, ready for ComfyUI's memory manager.
@@ -49,6 +58,7 @@ class Restorer:
         module: The networks.
         patcher: ComfyUI's handle of `module`: it says on which device it runs and when it is moved there.
         dtype: In which type the networks compute.
+        source: The file itself; what it has adapted carries it (`adapted_by`).
         backbone: Of a one-step restorer that adapts no base model.
     """
 
@@ -57,6 +67,7 @@ class Restorer:
     module: RestorerModule
     patcher: Any
     dtype: torch.dtype
+    source: Source
     backbone: Backbone | None = None
 
 
@@ -88,6 +99,23 @@ def expect_jpegs(jpegs: Any, remedy: str = _WITHOUT_JPEG) -> list[JPEGData]:
                 f"held to. {remedy}"
             )
     return jpegs
+
+
+def expect_one_size(jpegs: list[JPEGData], remedy: str) -> tuple[int, int]:
+    """Height and width, upright, that all JPEGs have.
+
+    Args:
+        jpegs: At least one.
+        remedy: What to do about several sizes.
+
+    Raises:
+        ValueError: They are of several sizes.
+    """
+    sizes = sorted({(jpeg.upright_height, jpeg.upright_width) for jpeg in jpegs})
+    if len(sizes) > 1:
+        found = ", ".join(f"{width}x{height}" for height, width in sizes[:3])
+        raise ValueError(f"expected JPEGs of one size, got {found}{' and more' if len(sizes) > 3 else ''}. {remedy}")
+    return sizes[0]
 
 
 def expect_restorer(restorer: Any, *families: str) -> Any:

@@ -19,9 +19,15 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..restoration.tiling import LatentTile, gaussian_weights, is_out_of_memory_error, latent_tiles
-from ..restoration.tiling.statistics import SharedStatistics, sample_of
-from .backbone import DCTModel, ResidualSampling
+from ..restoration.tiling import (
+    LatentTile,
+    SharedStatistics,
+    gaussian_weights,
+    is_out_of_memory_error,
+    latent_tiles,
+    sample_of,
+)
+from .backbone import DCTBackboneModel, ResidualSampling
 from .dct_latent import plain
 
 TILINGS = ("auto", "always", "never")
@@ -105,7 +111,7 @@ def unrounded(sampling: Any) -> Any:
 
 def _sampling_of(model: Any) -> Any:
     sampling = model.get_model_object("model_sampling")
-    if isinstance(model.model, DCTModel) and not isinstance(sampling, ResidualSampling):
+    if isinstance(model.model, DCTBackboneModel) and not isinstance(sampling, ResidualSampling):
         raise ValueError(
             f"expected a restorer's own model as it is, which predicts residuals, got one with the sampling "
             f"{type(sampling).__name__}. {_UNCHANGED}"
@@ -204,7 +210,8 @@ class _Evaluation:
         An adapted Stable Diffusion is tiled as it was published.
         """
         model, tiling = self.model.model, self.tiling
-        if tiling is None or tiling.tile >= max(x.shape[-2:]) or not isinstance(model, DCTModel) or inputs["control"]:
+        shared = isinstance(model, DCTBackboneModel) and not inputs["control"]
+        if tiling is None or tiling.tile >= max(x.shape[-2:]) or not shared:
             return call
         align = model.tile_multiple
         side = tiling.tile // align * align

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -355,6 +357,18 @@ def test_the_constraint_of_the_samplers() -> None:
     assert torch.equal(JPEGConstraint(jpeg).finish(blurred(clean)), make_consistent(blurred(clean), [jpeg]).images)
     simple = JPEGConstraint(jpeg, closed_loop=False).finish(blurred(clean)) * 255
     assert (simple - simple.round()).abs().max() < 1e-4
+
+
+def test_a_finished_constraint_lets_its_cells_go() -> None:
+    """Those of all the frames of a film live until its end; cells are as large as several pictures."""
+    clean = photograph(61, 83)
+    constraint = JPEGConstraint(read_jpeg(encode_with_pillow(clean[0], 20)))
+    projected = constraint.project(blurred(clean))
+    cells = weakref.ref(constraint._cells)
+    assert cells() is not None
+    constraint.finish(projected)
+    gc.collect()
+    assert cells() is None and torch.equal(constraint.project(blurred(clean)), projected)
 
 
 def test_every_odd_file_works_or_explains_itself() -> None:

@@ -185,8 +185,8 @@ def test_interruption_stops_soon_and_the_next_prompt_runs(ddrm):
 
 def test_samples_at_once_follow_the_free_memory(ddrm, monkeypatch):
     """On the CPU one; on a GPU what fits beside the picture's state; never more than are wanted, never none."""
-    runtime = sys.modules[f"{ddrm.pack}.nodes.runtime"]
-    loaded = runtime.load_restorer(runtime.restorer_path(PRIOR))
+    runtime, loading = (sys.modules[f"{ddrm.pack}.nodes.{name}"] for name in ("runtime", "loading"))
+    loaded = loading.load_restorer(loading.restorer_path(PRIOR))
     monkeypatch.setattr(runtime.mm, "load_models_gpu", lambda patchers, memory_required: None)
     monkeypatch.setattr(runtime.mm, "get_free_memory", lambda device: 1 << 40)
     assert runtime.prepare_prior(loaded, 512, 512, 8, 0, 64)[1] == 1

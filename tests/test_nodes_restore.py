@@ -162,8 +162,16 @@ def test_strength(restore, family):
     held = restored(restore, name, odd, jpegs, strength=0.0)
     assert torch.equal(odd, given) and not torch.equal(held, odd), "an input is not to be written to"
     half, full = (restored(restore, name, image, strength=strength, **settings) for strength in (0.5, 1.0))
-    start = image if family != "prior" else restored(restore, name, jpegs=jpegs, strength=1e-6, consistency=0.0)
-    assert (half - (start + full) / 2).abs().max() < 1.1 / 255 and (half - full).abs().mean() > 0.1 / 255
+    assert (half - (image + full) / 2).abs().max() < 1.1 / 255 and (half - full).abs().mean() > 0.1 / 255
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_little_strength_gives_nearly_the_picture_that_came_in(restore, family):
+    """Also where that is not what the file decodes to: priors, which restore the file, blend with the picture."""
+    jpegs, image = jpeg_of(restore, 32, 48)
+    darker = 0.9 * image
+    result = restored(restore, BY_FAMILY[family], darker, jpegs, strength=0.001, consistency=0.0)
+    assert (result - darker).abs().max() < 1.1 / 255
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -285,10 +293,16 @@ def test_one_step_takes_smaller_tiles_when_memory_runs_out(restore, monkeypatch)
     assert shapes[0] == (32, 38) and shapes[-1] == (16, 16)
 
 
+def loaded_restorer(comfy, name: str):
+    """A restorer file as the nodes load it."""
+    loading = sys.modules[f"{comfy.pack}.nodes.loading"]
+    return loading.load_restorer(loading.restorer_path(name), torch.float32)
+
+
 def test_little_memory_on_the_cpu_means_small_tiles_from_the_start(restore, monkeypatch):
     """There running out would end the program: the estimate, the largest of core's, decides."""
     latent_model, runtime = (sys.modules[f"{restore.pack}.nodes.{name}"] for name in ("latent_model", "runtime"))
-    loaded = runtime.load_restorer(runtime.restorer_path(CODIFF), torch.float32)
+    loaded = loaded_restorer(restore, CODIFF)
     model = latent_model.latent_model_of(loaded)
     unet = model.model.model.memory_required([1, 192, 1024, 1024])
     vae = model.vae.memory_used_decode((1, 192, 1, 1), torch.float32)
@@ -298,6 +312,28 @@ def test_little_memory_on_the_cpu_means_small_tiles_from_the_start(restore, monk
     assert model.compute((2000, 3000), 0, 64).tiler.tile == 512
     assert model.compute((2000, 3000), 400, 64).tiler.tile == 400
     assert model.compute((100, 100), 0, 64).tiler.tile == 1024
+
+
+def test_adapters_take_the_tiles_that_they_were_published_with(restore, reduced, monkeypatch):
+    """Those of OneStepDenoise where none are chosen; a chosen tile brings its own overlap, own networks take theirs."""
+    single = restore.nodes.NODE_CLASS_MAPPINGS["OneStepDenoise"].GET_SCHEMA()
+    usual = {one.id: one.default for one in single.inputs if one.id in ("tile", "overlap")}
+    graph = Graph()
+    checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=reduced.base.checkpoint.name)
+    loaded = graphs.loader(graph, codiff_graphs.RESTORER, model=[checkpoint, 0], vae=[checkpoint, 2])
+    graph.sink([loaded, 0])
+    latent_model = sys.modules[f"{restore.pack}.nodes.latent_model"]
+    monkeypatch.setattr(latent_model.CoreLatentModel, "memory_required", lambda self, height, width: 0)
+
+    def tiles(model, tile: int, overlap: int) -> dict[str, int]:
+        tiler = model.compute((2000, 3000), tile, overlap).tiler
+        return {"tile": tiler.tile, "overlap": tiler.overlap}
+
+    adapter = latent_model.latent_model_of(*run(restore, graph).outputs(loaded))
+    assert tiles(adapter, 0, 64) == usual == {"tile": 768, "overlap": 256}
+    assert tiles(adapter, 512, 64) == {"tile": 512, "overlap": 64} and tiles(adapter, 0, 320)["overlap"] == 320
+    own = latent_model.latent_model_of(loaded_restorer(restore, CODIFF))
+    assert tiles(own, 0, 64) == {"tile": 1024, "overlap": 64}
 
 
 @pytest.mark.parametrize("family", ["codiff", "sodiff", "regression"])
@@ -312,6 +348,15 @@ def test_progress_and_previews_arrive(restore, family):
     assert values[0] == 0 and values == sorted(values) and values[-1] == result.progress[-1][1]
     previews = [preview for _, _, preview in result.progress if preview is not None]
     assert previews and previews[0][1].size == (200, 150)
+
+
+def test_progress_of_a_prior_reaches_its_end_where_it_is_blended(restore):
+    jpegs, _ = jpeg_of(restore, 48, 64)
+    graph = Graph()
+    graph.sink([add_restore(graph, BY_FAMILY["prior"], jpeg=[graph.image(jpegs), 0], strength=0.5), 0])
+    progress = run(restore, graph).progress
+    values = [value for value, _, _ in progress]
+    assert values[0] == 0 and values == sorted(values) and values[-1] == progress[-1][1]
 
 
 @pytest.mark.parametrize("family", ["codiff", "driftrec"])

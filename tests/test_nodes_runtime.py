@@ -17,6 +17,7 @@ from restoration.networks.ncsnpp import NCSNpp, NCSNppConfig
 from restoration.pipelines import Progress
 from tests.conftest import write_driftrec
 from tests.graphs import Graph, photo, save_jpeg
+from tests.one_step_networks import write_tiny_codiff
 
 pytestmark = pytest.mark.comfyui
 SNAPSHOT = Path(__file__).with_name("node_schemas.json")
@@ -25,6 +26,11 @@ SNAPSHOT = Path(__file__).with_name("node_schemas.json")
 @pytest.fixture
 def runtime(fresh) -> ModuleType:
     return sys.modules[f"{fresh.pack}.nodes.runtime"]
+
+
+@pytest.fixture
+def loading(fresh) -> ModuleType:
+    return sys.modules[f"{fresh.pack}.nodes.loading"]
 
 
 def schemas(comfy) -> dict:
@@ -76,25 +82,25 @@ def test_everything_has_a_tooltip_and_a_help_page(fresh):
             assert f"`{socket.display_name or socket.id}`" in page or f"`{socket.id}`" in page, (name, socket.id)
 
 
-def test_models_folder_comes_before_the_shipped_weights(fresh, runtime):
+def test_models_folder_comes_before_the_shipped_weights(fresh, loading):
     """Both folders are searched, .safetensors only; a file of the same name in models/ wins."""
     paths, extensions = fresh.folder_paths.folder_names_and_paths["jpeg_restorers"]
     assert Path(paths[0]) == fresh.base / "models" / "jpeg_restorers"
-    assert Path(paths[-1]) == Path(runtime.SHIPPED_WEIGHTS) and extensions == {".safetensors"}
+    assert Path(paths[-1]) == Path(loading.SHIPPED_WEIGHTS) and extensions == {".safetensors"}
     (fresh.base / "models" / "jpeg_restorers" / "checkpoint.ckpt").write_bytes(b"pickle")
-    assert "checkpoint.ckpt" not in runtime.restorer_names()
-    for shipped in Path(runtime.SHIPPED_WEIGHTS).glob("*.safetensors"):
-        assert shipped.name in runtime.restorer_names()
-        assert Path(runtime.restorer_path(shipped.name)) == shipped
+    assert "checkpoint.ckpt" not in loading.restorer_names()
+    for shipped in Path(loading.SHIPPED_WEIGHTS).glob("*.safetensors"):
+        assert shipped.name in loading.restorer_names()
+        assert Path(loading.restorer_path(shipped.name)) == shipped
 
 
-def test_networks_die_with_their_last_user(fresh, runtime, tmp_path):
+def test_networks_die_with_their_last_user(fresh, loading, tmp_path):
     """No global keeps a network; a file that has changed is loaded anew."""
     path = str(write_driftrec(tmp_path / "one.safetensors"))
-    first = runtime.load_restorer(path)
-    assert runtime.load_restorer(path) is first
+    first = loading.load_restorer(path)
+    assert loading.load_restorer(path) is first
     write_driftrec(tmp_path / "one.safetensors", width=12)
-    assert runtime.load_restorer(path) is not first
+    assert loading.load_restorer(path) is not first
     network = weakref.ref(first.module)
     del first
     import gc
@@ -103,17 +109,27 @@ def test_networks_die_with_their_last_user(fresh, runtime, tmp_path):
     assert network() is None
 
 
-def test_default_type_follows_the_device(runtime, monkeypatch):
+def test_a_restorer_is_shared_only_where_the_same_type_is_asked_for(fresh, loading, tmp_path, monkeypatch):
+    """ComfyUI chooses bf16 for UNets, not for the networks beside them; fp32 that is asked for is fp32 in both."""
+    monkeypatch.setattr(sys.modules["comfy.cli_args"].args, "bf16_unet", True)
+    path = str(write_tiny_codiff(tmp_path / "one.safetensors"))
+    default, single = loading.load_restorer(path), loading.load_restorer(path, torch.float32)
+    found = [one.backbone.model.model.get_dtype() for one in (default, single)]
+    assert found == [torch.bfloat16, torch.float32] and default.dtype == single.dtype == torch.float32
+    assert loading.load_restorer(path) is default and loading.load_restorer(path, torch.float32) is single
+
+
+def test_default_type_follows_the_device(loading, monkeypatch):
     """fp16 where ComfyUI likes it, else bf16, else float32; always float32 on the CPU."""
-    assert runtime.default_dtype(torch.device("cpu")) == torch.float32
+    assert loading.default_dtype(torch.device("cpu")) == torch.float32
     answers = {"fp16": True, "bf16": True}
-    monkeypatch.setattr(runtime.mm, "should_use_fp16", lambda device: answers["fp16"])
-    monkeypatch.setattr(runtime.mm, "should_use_bf16", lambda device: answers["bf16"])
-    assert runtime.default_dtype(torch.device("cuda")) == torch.float16
+    monkeypatch.setattr(loading.mm, "should_use_fp16", lambda device: answers["fp16"])
+    monkeypatch.setattr(loading.mm, "should_use_bf16", lambda device: answers["bf16"])
+    assert loading.default_dtype(torch.device("cuda")) == torch.float16
     answers["fp16"] = False
-    assert runtime.default_dtype(torch.device("cuda")) == torch.bfloat16
+    assert loading.default_dtype(torch.device("cuda")) == torch.bfloat16
     answers["bf16"] = False
-    assert runtime.default_dtype(torch.device("cuda")) == torch.float32
+    assert loading.default_dtype(torch.device("cuda")) == torch.float32
 
 
 class _Peak(TorchDispatchMode):

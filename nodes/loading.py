@@ -13,7 +13,7 @@ import comfy.ops
 import folder_paths
 import torch
 
-from ..restoration.restorer_file import RestorerFile, read_restorer
+from ..restoration.restorer_file import RestorerFile, read_metadata, read_restorer
 from ..restoration.restorers import backbone_of, build_restorer, load_weights
 from .backbone import make_model
 from .dct_vae import make_vae
@@ -25,7 +25,7 @@ DTYPES = {"default": None, "fp32": torch.float32, "fp16": torch.float16, "bf16":
 
 # By the type that is asked for: a backbone's own choice is another than that of the networks beside it.
 # Weak: the outputs of LoadJPEGRestorer own the networks; this only finds one that is still alive.
-_alive: WeakValueDictionary[tuple[Source, torch.dtype | None], Restorer] = WeakValueDictionary()
+_alive: WeakValueDictionary[tuple[Source, torch.dtype, torch.dtype | None], Restorer] = WeakValueDictionary()
 
 
 def register_restorer_folders() -> None:
@@ -86,11 +86,13 @@ def load_restorer(path: str, dtype: torch.dtype | None = None) -> Restorer:
     Raises:
         RestorerFileError: The file is not a whole restorer, or not of a family that this version runs.
     """
-    source, wanted = source_of(path), dtype
-    if (restorer := _alive.get((source, wanted))) is not None:
-        return restorer
     device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    file, dtype = read_restorer(path), wanted or default_dtype(device)
+    wanted, dtype = dtype, dtype or default_dtype(device)
+    own = backbone_of(read_metadata(path), os.path.basename(path)) is not None
+    key = (source_of(path), dtype, wanted if own else None)  # core may choose another type for a backbone
+    if (restorer := _alive.get(key)) is not None:
+        return restorer
+    file = read_restorer(path)
     operations = comfy.ops.manual_cast
     module = build_restorer(file.metadata, file.name, operations=operations, dtype=dtype, device=offload_device)
     # Looked up at each call: ComfyUI puts another class in its place when it starts.
@@ -99,7 +101,7 @@ def load_restorer(path: str, dtype: torch.dtype | None = None) -> Restorer:
     module.eval().requires_grad_(False)
     module.compute_dtype = dtype
     backbone = _load_backbone(file, wanted)
-    _alive[source, wanted] = restorer = Restorer(file.name, file.metadata, module, patcher, dtype, source, backbone)
+    _alive[key] = restorer = Restorer(file.name, file.metadata, module, patcher, dtype, key[0], backbone)
     return restorer
 
 

@@ -219,8 +219,8 @@ def test_restorer_of_another_family(fresh):
     """A family that a later version loads is refused by this node with the family's name."""
     import sys
 
-    restorer = sys.modules[f"{fresh.pack}.nodes.types"].Restorer
-    metadata = RestorerMetadata("prior", {})
-    other = restorer("prior.safetensors", metadata, torch.nn.Identity(), None, torch.float32)
+    types = sys.modules[f"{fresh.pack}.nodes.types"]
+    metadata, source = RestorerMetadata("prior", {}), types.Source("prior.safetensors", 0, 0)
+    other = types.Restorer("prior.safetensors", metadata, torch.nn.Identity(), None, torch.float32, source)
     assert "got prior (prior.safetensors)" in sample(fresh, torch.zeros(1, 8, 8, 3), restorer=other)
     assert "got str" in sample(fresh, torch.zeros(1, 8, 8, 3), restorer="no restorer")

@@ -398,7 +398,7 @@ def test_a_run_can_start_from_a_codiff_file(config: CoDiffConfig, tmp_path: Path
 
 
 def test_presets_say_what_the_publication_and_the_code_say() -> None:
-    for name in PRESETS:
+    for name in PRESETS.keys() - {"starter"}:
         _, config = parse("codiff", ["--preset", name, "--cave", "cave.safetensors", "--base.path", "base"])
         assert config == replace(
             PRESETS[name], cave=Path("cave.safetensors"), base=replace(PRESETS[name].base, path="base")

@@ -1,7 +1,8 @@
-"""Shapes of the small one-step UNet, trained alike for a short while: quality against seconds.
+"""Shapes of the small one-step UNet, each trained for the same seconds of computing: quality for its price.
 
-Every row sees the same crops in the same order and learns with the same settings; it is then measured on the middle of
-LIVE1's pictures. `pixels` puts the picture's pixels, unshuffled, in the place of its DCT: the control.
+Every row sees the same crops in the same order, as many as it has time for, and learns with the same settings; it is
+then measured on the middle of LIVE1's pictures. `pixels` puts the picture's pixels, unshuffled, in the place of its
+DCT: the control.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from training.optimizers import Learner, learning_rate
 from training.trainers.small_codiff import SmallCoDiffTask
 
 _SEEN = 64
+_BATCH, _WARMUP = 2, 200  # a short training wants many steps
+_ENDLESS = 10**7
 _SIDE = 128
 
 
@@ -38,12 +41,16 @@ class Row:
     window: int = 0
 
 
+_CHOSEN = SmallUNetConfig((160,), 2, (False,))
 ROWS = {
-    "one level, 160": Row(SmallUNetConfig((160,), 2, (False,))),
-    "one level, 160, full self-attention": Row(SmallUNetConfig((160,), 2, (False,), self_attention=True)),
-    "one level, 160, window self-attention": Row(SmallUNetConfig((160,), 2, (False,), self_attention=True), window=4),
-    "one level, 160, pixels": Row(SmallUNetConfig((160,), 2, (False,)), pixels=True),
+    "one level, 160": Row(_CHOSEN),
+    "one level, 160, norms of Stable Diffusion": Row(replace(_CHOSEN, norm_eps=1e-5)),
+    "one level, 160, full self-attention": Row(replace(_CHOSEN, self_attention=True)),
+    "one level, 160, window self-attention": Row(replace(_CHOSEN, self_attention=True), window=4),
+    "one level, 160, pixels": Row(_CHOSEN, pixels=True),
     "one level, 192, 1 layer": Row(SmallUNetConfig((192,), 1, (False,))),
+    "one level, 128, 2 layers": Row(SmallUNetConfig((128,), 2, (False,))),
+    "one level, 128, 3 layers": Row(SmallUNetConfig((128,), 3, (False,))),
     "two levels, 160, 1 layer": Row(SmallUNetConfig((160, 160), 1, (False, False))),
     "two levels, 128, 2 layers": Row(SmallUNetConfig((128, 128), 2, (False, False))),
     "two levels, 96, 1 layer, attention in all": Row(SmallUNetConfig((96, 192), 1, (True, True))),
@@ -85,29 +92,30 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks backbones", description=__doc__)
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "train", help="pictures to train on")
     parser.add_argument("--cave", type=Path, help="CaVE to start from (default: a new one)")
-    parser.add_argument("--images", type=int, default=10_000, help="crops of 64x64 that each row is trained on")
+    parser.add_argument("--seconds", type=float, default=150, help="of computing that each row is trained for")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     print(heading(options.device))
-    print("| network | parameters | training s | 1024x1024 s | PSNR gain QF 10 | QF 40 |\n|---|---|---|---|---|---|")
+    print("| network | parameters | crops | 1024x1024 s | PSNR gain QF 10 | QF 40 |\n|---|---|---|---|---|---|")
     for name in options.rows:
-        task = _make(ROWS[name], _config(options.data, options.cave, ROWS[name].unet, options.images))
-        seconds = _train(task, options.device)
+        task = _make(ROWS[name], _config(options.data, options.cave, ROWS[name].unet))
+        images = _train(task, options.device, options.seconds)
         gains = [_gain(task, quality, options.device) for quality in (10, 40)]
         count = sum(parameter.numel() for parameter in task.model.backbone.network.parameters())
         taken = _time(task, options.device)
-        print(f"| {name} | {count:,} | {seconds:.0f} | {taken:.2f} | {gains[0]:.3f} | {gains[1]:.3f} |", flush=True)
+        print(f"| {name} | {count:,} | {images:,} | {taken:.2f} | {gains[0]:.3f} | {gains[1]:.3f} |", flush=True)
 
 
-def _config(data: Path, cave: Path | None, unet: SmallUNetConfig, images: int) -> CoDiffConfig:
+def _config(data: Path, cave: Path | None, unet: SmallUNetConfig) -> CoDiffConfig:
     starter = PRESETS["starter"]
     return replace(
         starter,
-        data=replace(starter.data, train=data, crop=64, workers=1),
+        data=replace(starter.data, train=data, workers=1),
         cave=cave,
         unet=unet,
-        run=replace(starter.run, images=images),
+        optimizer=replace(starter.optimizer, warmup_images=_WARMUP),
+        run=replace(starter.run, batch=_BATCH),
     )
 
 
@@ -122,10 +130,10 @@ def _make(row: Row, config: CoDiffConfig) -> SmallCoDiffTask:
     return task
 
 
-def _train(task: SmallCoDiffTask, device: str) -> float:
-    """The seconds that the steps took."""
+def _train(task: SmallCoDiffTask, device: str, seconds: float) -> int:
+    """Trains until its steps have taken so long; the learning rate falls with the time. Returns the crops seen."""
     config = task.config
-    data, run = config.data, config.run
+    data, batch_size = config.data, config.run.batch
     dataset = PairDataset(
         find_images(data.train), data.crop, data.degradation, seed=0, augmentation=data.augmentation, flips=True,
         rotations=True, downscale=data.downscale, cache_mb=data.cache_mb,
@@ -134,21 +142,25 @@ def _train(task: SmallCoDiffTask, device: str) -> float:
     task.look(*(torch.stack([crop[key] for crop in crops]) for key in ("degraded", "clean")))
     task.model.to(device)
     learner, average = Learner(task.model, config.optimizer), Average(task.model, config.optimizer.ema_decay)
-    generator, seconds = torch.Generator(device=device).manual_seed(0), 0.0
-    loader = make_loader(dataset, IndexSampler(0, run.images, 0, 1, run.batch), run.batch, data.workers)
-    for number, batch in enumerate(loader):
-        start = time.process_time() if device == "cpu" else time.perf_counter()
-        learner.begin(learning_rate(config.optimizer, number * run.batch, run.batch, run.images))
+    generator, spent, images = torch.Generator(device=device).manual_seed(0), 0.0, 0
+    rate = replace(config.optimizer, warmup_images=0)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    for batch in make_loader(dataset, IndexSampler(0, _ENDLESS, 0, 1, batch_size), batch_size, data.workers):
+        start = clock()
+        rise = min(1.0, (images + batch_size) / config.optimizer.warmup_images)
+        learner.begin(rise * learning_rate(rate, round(1000 * spent), 0, round(1000 * seconds)))
         moved = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = task.loss(task.model, moved, generator)
         loss.backward()
         learner.step(None)
         average.update(task.model)
-        seconds += (time.process_time() if device == "cpu" else time.perf_counter()) - start
+        spent, images = spent + clock() - start, images + batch_size
+        if spent >= seconds:
+            break
     average.swap(task.model)
     task.model.eval()
-    return seconds
+    return images
 
 
 @torch.no_grad()

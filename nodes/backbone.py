@@ -87,6 +87,7 @@ class DCTBackboneModel(comfy.model_base.BaseModel):
         super().__init__(model_config, comfy.model_base.ModelType.EPS, device=device)
         self.model_sampling = ResidualSampling(model_config)
         self.backbone = model_config.backbone
+        self.backbone.set_norms(self.diffusion_model)
         self.tile_multiple = self.backbone.size_multiple // BLOCK
 
     def apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -34,7 +34,8 @@ def test_json_knows_all_of_it(config: SmallUNetConfig) -> None:
         {"widths": (0,)}, {"widths": 32}, {"widths": (32.0,)}, {"widths": (True,)}, {"widths": (64, 96), "attention":
         (False, False)}, {"widths": (64,), "head_dim": 48}, {"attention": (False, True)}, {"attention": (1,)},
         {"layers": 0}, {"layers": 9}, {"layers": 1.0}, {"head_dim": 0}, {"context_dim": -1}, {"context_dim": 10**6},
-        {"self_attention": "yes"}, {"self_attention": None},
+        {"self_attention": "yes"}, {"self_attention": None}, {"norm_eps": 0.0},
+        {"norm_eps": float("inf")}, {"norm_eps": "1"},
     ],
     ids=str,
 )  # fmt: skip

@@ -27,6 +27,7 @@ def make_unet(config: SmallUNetConfig, generator: torch.Generator | None = None)
         unet = UNet2DConditionModel(**config.diffusers_arguments())
         if not config.middle_looks_around:
             _let_middle_see_prompt_alone(unet, config)
+        config.set_norms(unet)
     unet = unet.to_empty(device="cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if generator is not None:
         for module in unet.modules():

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .dct_codec import BLOCK, CHANNELS
 
@@ -33,6 +34,9 @@ class SmallUNetConfig:
         head_dim: Width of an attention head.
         context_dim: Width of the prompt's tokens.
         middle_self_attention: Whether the middle's transformer looks at the whole latent even if no other does.
+        norm_eps: What group norms add to the variance. As much as a latent's own (1) lets low contrasts stay low, where
+            Stable Diffusion's 1e-5 makes a flat sky as strong as a forest: a residual is no longer in proportion then
+            (docs/starter.md).
 
     Raises:
         ValueError: The numbers are no such network's.
@@ -45,6 +49,7 @@ class SmallUNetConfig:
     head_dim: int = 32
     context_dim: int = 128
     middle_self_attention: bool = False
+    norm_eps: float = 1.0
 
     def __post_init__(self) -> None:
         for name, kind in (("widths", int), ("attention", bool)):
@@ -68,6 +73,8 @@ class SmallUNetConfig:
         wrong += [name for name in ("self_attention", "middle_self_attention") if type(getattr(self, name)) is not bool]
         if wrong:
             raise ValueError(f"small UNet: expected {', '.join(wrong)} within bounds, got {self}.")
+        if type(self.norm_eps) not in (int, float) or not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"small UNet: expected a norm_eps above 0, got {self.norm_eps!r}.")
         unit = math.lcm(_GROUPS, self.head_dim, self.widths[0])
         if any(not 1 <= width <= _WIDEST or width % unit for width in self.widths):
             raise ValueError(
@@ -129,6 +136,12 @@ class SmallUNetConfig:
             "disable_middle_self_attn": not self.middle_looks_around,
             "legacy": False,
         }
+
+    def set_norms(self, network: nn.Module) -> None:
+        """Give the group norms of a network that either library has built their `norm_eps`."""
+        for module in network.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.eps = self.norm_eps
 
     def activation_bytes(self, height: int, width: int, dtype: torch.dtype = torch.float32) -> int:
         """About how many bytes one evaluation for one image of this size takes beside the weights.

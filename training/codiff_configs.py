@@ -173,7 +173,7 @@ PRESETS = {
         data=ONE_STEP_DATA,
         backbone="dct-small",
         loss=CoDiffLossConfig(
-            mse=20.0, perceptual=PerceptualConfig("none"), adversarial=AdversarialConfig("none")
+            mse=20.0, embedder=0.5, perceptual=PerceptualConfig("none"), adversarial=AdversarialConfig("none")
         ),
         optimizer=ONE_STEP_OPTIMIZER,
         validation=ONE_STEP_VALIDATION,

@@ -8,11 +8,13 @@ import torch
 import torchvision
 from scipy import ndimage
 from shared import shared_path
+from skimage.color import rgb2ycbcr
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from restoration.dists import load_dists
 from restoration.lpips import load_lpips_squeeze
-from training.losses import EdgeAware, PerceptualConfig, make_perceptual, sobel_edges
+from training.codiff_configs import CoDiffLossConfig
+from training.losses import EdgeAware, PerceptualConfig, make_perceptual, pixel_loss, sobel_edges
 
 DOWNLOAD = "torchvision.models._api.load_state_dict_from_url"
 
@@ -36,6 +38,27 @@ def dists_weights():
 def pictures():
     generator = torch.Generator().manual_seed(1)
     return torch.rand(2, 3, 32, 40, generator=generator), torch.rand(2, 3, 32, 40, generator=generator)
+
+
+@pytest.mark.parametrize(("mse", "l1", "chroma"), [(2.0, 0.0, 0.0), (0.0, 3.0, 0.0), (0.0, 0.0, 5.0), (2.0, 3.0, 5.0)])
+def test_errors_of_pixels_are_the_weighted_sum(mse, l1, chroma):
+    """Chroma by scikit-image's YCbCr, whose Cb and Cr span 224 of 255 levels."""
+    restored, clean = pictures()
+    error = (restored - clean).double().numpy()
+    planes = [rgb2ycbcr(batch.double().numpy(), channel_axis=1)[:, 1:] / 224 for batch in (restored, clean)]
+    expected = mse * (error**2).mean() + l1 * np.abs(error).mean() + chroma * ((planes[0] - planes[1]) ** 2).mean()
+    loss = pixel_loss(restored, clean, CoDiffLossConfig(mse=mse, l1=l1, chroma=chroma))
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_gray_errors_are_no_errors_of_chroma():
+    """And the gradient of those that are goes back to the picture."""
+    restored, clean = pictures()
+    weights = CoDiffLossConfig(mse=0.0, chroma=1.0)
+    assert float(pixel_loss(clean + 0.1 * restored[:, :1], clean, weights)) < 1e-9
+    restored.requires_grad_()
+    pixel_loss(restored, clean, weights).backward()
+    assert restored.grad.sum(1).abs().max() < 1e-6 < restored.grad.abs().mean()
 
 
 def test_dists_takes_vgg16_from_its_file(vgg16, dists_weights, tmp_path):

@@ -304,14 +304,14 @@ def test_latents_are_drawn_from_the_step_s_generator_or_are_the_mode(config: CoD
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(config: CoDiffConfig) -> None:
     config = with_discriminator(config, weight=0.25)
-    task = CoDiffTask(replace(config, latents="mode", loss=replace(config.loss, mse=3.0)))
+    task = CoDiffTask(replace(config, latents="mode", loss=replace(config.loss, mse=3.0, l1=0.5)))
     task.config = replace(task.config, loss=replace(task.config.loss, perceptual=PerceptualConfig("lpips", weight=2.0)))
     task.perceptual = _MeanDistance()
     batch = pictures(2)
     with torch.no_grad():
         restored, x0, *_ = task.model(batch["degraded"])
         loss = float(task.loss(task.model, batch, generator()))
-        expected = 3 * ((restored - batch["clean"]) ** 2).mean() + 2 * (restored - batch["clean"]).abs().mean()
+        expected = 3 * ((restored - batch["clean"]) ** 2).mean() + 2.5 * (restored - batch["clean"]).abs().mean()
         expected += 0.25 * torch.log1p(torch.exp(-task.critic(x0))).mean()
     assert loss == pytest.approx(float(expected), rel=1e-5)
 

@@ -178,7 +178,7 @@ def _learns(parameter: torch.nn.Parameter) -> bool:
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path: Path) -> None:
     config = codiff(tmp_path)
-    config = replace(config, loss=replace(config.loss, mse=2.0, l1=3.0, embedder=0.5))
+    config = replace(config, loss=replace(config.loss, mse=2.0, l1=3.0, chroma=0.0, embedder=0.5))
     task = moved(SmallCoDiffTask(config))
     batch = pictures()
     with torch.no_grad():
@@ -274,6 +274,8 @@ def test_what_contradicts_itself_is_refused() -> None:
         replace(SODIFF["starter"], unet=replace(SODIFF["starter"].unet, context_dim=64))
     with pytest.raises(ValueError, match=r"loss.l1: expected a weight of at least 0, got -1"):
         replace(CODIFF["starter"].loss, l1=-1.0)
+    with pytest.raises(ValueError, match=r"loss.chroma: expected a weight of at least 0, got -1"):
+        replace(SODIFF["starter"].loss, chroma=-1.0)
     with pytest.raises(ValueError, match=r"adversarial.width: expected a multiple of 8, got 12"):
         AdversarialConfig("dct", width=12)
     with pytest.raises(ValueError, match=r"with --backbone sd2.1-base, got dct\."):

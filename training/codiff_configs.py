@@ -67,6 +67,8 @@ class CoDiffLossConfig:
     """Weight of the mean squared error of pictures in [0, 1]."""
     l1: float = 0.0
     """Weight of the mean absolute error."""
+    chroma: float = 0.0
+    """Weight of the mean squared error of Cb and Cr: blocks of colour, which weigh little in RGB, are seen at once."""
     embedder: float = 0.1
     """With --backbone dct-small, where CaVE is trained as well: weight of the error of the quality, from 0 to 1."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
@@ -77,7 +79,7 @@ class CoDiffLossConfig:
     it that of the clamped value."""
 
     def __post_init__(self) -> None:
-        for name in ("mse", "l1", "embedder"):
+        for name in ("mse", "l1", "chroma", "embedder"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name}: expected a weight of at least 0, got {getattr(self, name):g}.")
 
@@ -173,7 +175,8 @@ PRESETS = {
         data=ONE_STEP_DATA,
         backbone="dct-small",
         loss=CoDiffLossConfig(
-            mse=20.0, embedder=0.5, perceptual=PerceptualConfig("none"), adversarial=AdversarialConfig("none")
+            mse=20.0, chroma=200.0, embedder=0.5, perceptual=PerceptualConfig("none"),
+            adversarial=AdversarialConfig("none"),
         ),
         optimizer=ONE_STEP_OPTIMIZER,
         validation=ONE_STEP_VALIDATION,
@@ -186,7 +189,7 @@ PRESETS = {
 """`paper`: the publication's, in batches of 32 (8 on each of four cards); its precision is not in the paper.
 `code`: what the authors' scripts do: batches of 64, weight decay 0.01, fp16, a discriminator that teaches nothing.
 `starter`: a small restorer from scratch, for a CPU, that stays true to the picture; 20 brings the squared errors, some
-0.002, to the size of CaVE's.
+0.002, to the size of CaVE's; 200 those of chroma, some 0.0002.
 `24gb`, `12gb`: `paper` on one card, 8 pictures at a time, everything frozen in bfloat16; `12gb` computes activations
 twice. Not measured on such cards, but counted from the shapes of all tensors that are alive at once: 17.5 and 7.4 GiB
 (22 for 8 pictures of `paper`), to which CUDA adds one or two. Optimisers in 8 bits would save 0.4."""

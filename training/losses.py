@@ -1,17 +1,18 @@
-"""The perceptual part of a loss: which distance, and where its weights come from."""
+"""The errors of pixels, and the perceptual part of a loss: which distance, and where its weights come from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoration.dists import load_dists
+from restoration.jpeg.codec import rgb_to_ycbcr
 from restoration.lpips import load_lpips_squeeze
 
 _OTHERS = {
@@ -43,6 +44,35 @@ class PerceptualConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"perceptual.weight: expected a number >= 0, got {self.weight}. Use kind none for none.")
+
+
+class PixelWeights(Protocol):
+    """What the errors of pixels are multiplied with."""
+
+    @property
+    def mse(self) -> float: ...
+    @property
+    def l1(self) -> float: ...
+    @property
+    def chroma(self) -> float: ...
+
+
+def pixel_loss(restored: Tensor, clean: Tensor, weights: PixelWeights) -> Tensor:
+    """The weighted sum of squared and absolute errors, and of the squared errors of Cb and Cr, each a mean.
+
+    Args:
+        restored: Pictures (B, 3, H, W); 1 is white.
+        clean: What they should be.
+        weights: Of the three.
+    """
+    error = restored - clean
+    total = weights.mse * error.square().mean()
+    if weights.l1:
+        total = total + weights.l1 * error.abs().mean()
+    if weights.chroma:
+        ours, theirs = (rgb_to_ycbcr(pictures, round_to_8bit=False)[:, 1:] for pictures in (restored, clean))
+        total = total + weights.chroma * (ours - theirs).square().mean()
+    return total
 
 
 def make_perceptual(config: PerceptualConfig) -> nn.Module | None:

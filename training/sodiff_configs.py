@@ -74,6 +74,8 @@ class SODiffLossConfig:
     """Weight of the mean squared error of pictures in [0, 1]."""
     l1: float = 0.0
     """Weight of the mean absolute error."""
+    chroma: float = 0.0
+    """Weight of the mean squared error of Cb and Cr: blocks of colour, which weigh little in RGB, are seen at once."""
     embedder: float = 0.1
     """With --backbone dct-small, where SAIPE is trained as well: weight of the absolute error of its reconstruction. 0
     leaves its encoder and decoder as they are and trains only what makes tokens: for a SAIPE that has learnt."""
@@ -86,7 +88,7 @@ class SODiffLossConfig:
     """Pictures are clamped to [0, 1] before the loss; true hands a value outside the gradient of the clamped one."""
 
     def __post_init__(self) -> None:
-        for name in ("mse", "l1", "quality", "embedder"):
+        for name in ("mse", "l1", "chroma", "quality", "embedder"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name}: expected a weight of at least 0, got {getattr(self, name):g}.")
 

@@ -18,6 +18,7 @@ from restoration.restorer_file import RestorerFileError, read_metadata
 from training import base_models
 from training.base_models import BaseModel
 from training.discriminators import discriminator_loss, generator_loss
+from training.losses import pixel_loss
 from training.one_step_configs import LoRAConfig
 from training.trainers.task import TaskDefaults
 
@@ -128,8 +129,8 @@ ModelT = TypeVar("ModelT", bound=OneStepModel)
 class OneStepTask(TaskDefaults, Generic[ModelT]):
     """Trains a `OneStepModel`. Subclasses set what is annotated here, and say what their files hold.
 
-    The configuration has the fields `loss` (with `mse`, `perceptual` and `adversarial.weight`), `latents`, `run` and
-    one for each adapter that `lora` names.
+    The configuration has the fields `loss` (with those of `PixelWeights`, `perceptual` and `adversarial.weight`),
+    `latents`, `run` and one for each adapter that `lora` names.
     """
 
     config: Any
@@ -143,7 +144,7 @@ class OneStepTask(TaskDefaults, Generic[ModelT]):
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         clean, weights = batch["clean"], self.config.loss
         restored: Restored = model(batch["degraded"], self._posterior(generator), generator)
-        total = weights.mse * F.mse_loss(restored.pictures, clean)
+        total = pixel_loss(restored.pictures, clean, weights)
         if self.perceptual is not None:
             distances = self.perceptual.to(clean.device)(restored.pictures, clean)
             total = total + weights.perceptual.weight * distances.mean()

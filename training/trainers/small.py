@@ -17,7 +17,7 @@ from restoration.tiling import crop_to, pad_to_multiple
 from training.backbone import DCTModel, make_unet
 from training.discriminators import discriminator_loss, generator_loss
 from training.latent_critic import DCTCritic
-from training.losses import make_perceptual
+from training.losses import make_perceptual, pixel_loss
 from training.trainers.one_step import Restored, Seen, check_crop
 from training.trainers.task import TaskDefaults
 
@@ -56,8 +56,8 @@ ModelT = TypeVar("ModelT", bound=SmallModel)
 class SmallTask(TaskDefaults, Generic[ModelT]):
     """Trains a `SmallModel` by errors, a perceptual distance and a discriminator on the latents.
 
-    The configuration has the fields `unet`, `loss` (with `mse`, `l1`, `embedder`, `perceptual` and `adversarial`) and
-    `run`.
+    The configuration has the fields `unet`, `loss` (with those of `PixelWeights`, `embedder`, `perceptual` and
+    `adversarial`) and `run`.
     """
 
     stores_frozen = True  # the codec's scale
@@ -81,8 +81,7 @@ class SmallTask(TaskDefaults, Generic[ModelT]):
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         clean, weights = batch["clean"], self.config.loss
         restored: Restored = model(batch["degraded"], generator)
-        error = restored.pictures - clean
-        total = weights.mse * error.square().mean() + weights.l1 * error.abs().mean()
+        total = pixel_loss(restored.pictures, clean, weights)
         if self.perceptual is not None:
             distances = self.perceptual.to(clean.device)(restored.pictures.clamp(0, 1), clean)
             total = total + weights.perceptual.weight * distances.mean()

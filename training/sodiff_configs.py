@@ -191,7 +191,7 @@ PRESETS = {
         data=ONE_STEP_DATA,
         backbone="dct-small",
         loss=SODiffLossConfig(
-            mse=0.0, l1=1.0, perceptual=PerceptualConfig("lpips", weight=0.5),
+            mse=0.0, l1=1.0, chroma=100.0, perceptual=PerceptualConfig("lpips", weight=0.5),
             adversarial=PromptedAdversarialConfig("dct", weight=1e-3),
         ),
         gumbel=False,

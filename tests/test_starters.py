@@ -81,19 +81,19 @@ def test_they_take_blocks_away_from_a_picture_that_they_have_not_seen(quality: i
     assert blockiness(driftrec) < 0.7 * blockiness(pixels[None])
 
 
-@pytest.mark.parametrize("quality", [10, 30])
-def test_the_one_step_restorers_restore_what_they_have_not_seen(quality: int) -> None:
+@pytest.mark.parametrize(("quality", "faithful", "vivid"), [(10, 0.6, 0.1), (30, 0.2, -0.6)])
+def test_the_one_step_restorers_restore_what_they_have_not_seen(quality: int, faithful: float, vivid: float) -> None:
     """The faithful one in PSNR, the vivid one without losing much of it; both take blocks away."""
     clean = torch.from_numpy(data.astronaut()[:192, 96:320].copy()).permute(2, 0, 1)[None].float() / 255
     _, pixels = read_jpeg_and_pixels(encode_with_pillow(clean[0], quality), name="sample.jpg")
-    for name, gain in (("onestep-faithful", 0.15), ("onestep-vivid", -0.5)):
+    for name, gain in (("onestep-faithful", faithful), ("onestep-vivid", vivid)):
         _, restorer = load(f"starter-{name}.safetensors")
         model = load_latent_model(read_restorer(WEIGHTS / f"starter-{name}.safetensors"))
         with torch.inference_mode():
             seen = see_images(restorer, pixels[None], OneStepSettings())
             restored = restore_one_step(model, pixels[None], seen, OneStepSettings())
         assert psnr(restored, clean) > psnr(pixels[None], clean) + gain, name
-        assert blockiness(restored) < 0.7 * blockiness(pixels[None]), name
+        assert blockiness(restored) < 0.4 * blockiness(pixels[None]), name
 
 
 @pytest.mark.parametrize("quality", [5, 10, 30])

@@ -37,7 +37,7 @@ class DDRMJPEGRestore(io.ComfyNode):
                 *("ddrm", "diffusion prior", "jpeg artifact removal", "deblock", "restore jpeg"),
                 "jpeg restoration",
             ],
-            inputs=_inputs(),
+            inputs=[*_main_inputs(), *_advanced_inputs()],
             outputs=[
                 io.Image.Output(
                     "IMAGE",
@@ -87,7 +87,7 @@ class DDRMJPEGRestore(io.ComfyNode):
         return io.NodeOutput(join_image(restored, None, image_device()))
 
 
-def _inputs() -> list[io.Input]:
+def _main_inputs() -> list[io.Input]:
     return [
         RestorerSocket.Input("restorer", tooltip="A restorer of the family prior, from Load JPEG Restorer."),
         JPEGDataSocket.Input(
@@ -116,6 +116,11 @@ def _inputs() -> list[io.Input]:
             "Restorations that are averaged: 1 keeps the most texture, more come closer to the original on "
             "average. The time grows with it.",
         ),
+    ]
+
+
+def _advanced_inputs() -> list[io.Input]:
+    return [
         io.Int.Input(
             "start",
             default=_DEFAULTS.start,

@@ -35,7 +35,7 @@ class DriftRecSample(io.ComfyNode):
             "run in tiles that share one noise field. The same seed gives the same picture. Alpha is returned as it "
             "came.",
             search_aliases=["jpeg artifact removal", "deblock", "restore jpeg", "jpeg restoration", "remove artifacts"],
-            inputs=_inputs(),
+            inputs=[*_main_inputs(), *_advanced_inputs()],
             outputs=[
                 io.Image.Output(
                     "IMAGE", tooltip="The restored images, of the same size, rounded to whole 8-bit levels."
@@ -72,7 +72,7 @@ class DriftRecSample(io.ComfyNode):
         return io.NodeOutput(join_image(restored, alpha, image_device()))
 
 
-def _inputs() -> list[io.Input]:
+def _main_inputs() -> list[io.Input]:
     return [
         RestorerSocket.Input(
             "restorer", tooltip="A restorer of the family driftrec or regression, from Load JPEG Restorer."
@@ -116,6 +116,11 @@ def _inputs() -> list[io.Input]:
             tooltip="Connect JPEG_DATA of the same picture, and the result is one that the file could have come from. "
             "consistency and closed_loop say how strictly.",
         ),
+    ]
+
+
+def _advanced_inputs() -> list[io.Input]:
+    return [
         io.Float.Input(
             "t_eps",
             default=_DEFAULTS.t_eps,

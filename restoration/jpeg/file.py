@@ -227,7 +227,7 @@ def _load_coefficients(path: Path, name: str) -> Any:
 
 @contextmanager
 def refusing_truncated_files() -> Iterator[None]:
-    """Pillow's switch, which other packs turn on for the whole process, off for now: a cut file is an error here."""
+    """Turn Pillow's switch, which other packs set for the whole process, off meanwhile: a cut file is an error here."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:

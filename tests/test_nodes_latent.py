@@ -104,7 +104,7 @@ def test_a_batch_and_its_restoration(fresh: Any, scale: Tensor) -> None:
     (one, other), before = (outputs(node)[0] for node in nodes), outputs(jpeg)[0]
     assert one.shape == other.shape == (2, 64, 96, 3)
     apart, changed = (float((one - picture).abs().mean()) for picture in (other, before))
-    assert apart < LEVEL < 2 * LEVEL < changed
+    assert apart < 0.6 * LEVEL < 2 * LEVEL < changed
 
 
 def test_other_vaes_and_pictures_are_refused(fresh: Any, scale: Tensor) -> None:

@@ -60,6 +60,8 @@ class OptimizerConfig:
     """Decays of Adam's averages of the gradient and of its square."""
     eight_bit: bool = False
     """Keep those averages in 8 bits, a quarter of the memory; needs bitsandbytes."""
+    fused: bool = False
+    """Take the step in one kernel, which is faster; the last digits differ. CPU, CUDA, Metal and Intel GPUs have it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class ValidationConfig:
     """Pictures in the before/after grid."""
     lpips: Path | None = None
     """Weights of LPIPS-SqueezeNet (npz); without them LPIPS is not measured."""
+    best: str | None = None
+    """The measure, e.g. psnr, ssim, lpips or quality_error, whose mean over the qualities decides which weights are kept
+    as the best; null: the one that suits the training."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,18 @@ class RunConfig:
     """Licence of the weights, written into the file."""
     half: bool = False
     """Write the restorer file in half precision: half the size, the same pictures to within rounding."""
+    keep_every: int = 0
+    """Images between checkpoints that stay, in the folder `kept`, each with a restorer file of its weights; 0: none."""
+    keep: int = 3
+    """How many of those stay, the newest; 0: all."""
+    wandb: str | None = None
+    """A project of Weights & Biases that shows the figures and pictures as well; needs wandb."""
+    compile: bool = False
+    """Compile the networks (torch.compile): a slow start and faster steps; needs a C++ compiler."""
+    channels_last: bool = False
+    """Lay out pictures and convolutions channel by channel of each pixel, which most GPUs and CPUs work on faster."""
+    fsdp: bool = False
+    """Spread the frozen weights of a base model over the processes of torchrun, to save memory: for codiff and sodiff."""
 
 
 @dataclass(frozen=True)

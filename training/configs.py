@@ -19,9 +19,9 @@ class DataConfig:
     """Where the pictures come from and what is done to them."""
 
     train: Path = Path("data/train")
-    """Folder of clean pictures, searched with its sub-folders."""
+    """Folder of clean pictures, searched with its sub-folders; or shards, in quotes: "shards-{000..127}.tar"."""
     validation: Path | None = None
-    """Folder of clean pictures for validation; without it some of the training pictures are set aside."""
+    """Folder or shards of clean pictures for validation; without it some of the training pictures are set aside."""
     crop: int = 256
     """Side of the square training crops, pixels."""
     augmentation: Literal["paper", "crop"] = "paper"
@@ -38,6 +38,8 @@ class DataConfig:
     """Processes that prepare crops, for each training process; 0 prepares them in the training process."""
     cache_mb: float = 256
     """Decoded pictures kept by each worker, MB."""
+    shuffle_shards: int = 16
+    """Shards whose pictures are shuffled among each other, and which are open at a time."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ValidationConfig:
     lpips: Path | None = None
     """Weights of LPIPS-SqueezeNet (npz); without them LPIPS is not measured."""
     best: str | None = None
-    """The measure, e.g. psnr, ssim, lpips or quality_error, whose mean over the qualities decides which weights are kept
+    """The measure, e.g. psnr, ssim, lpips or quality_error, whose mean over the qualities decides which weights stay
     as the best; null: the one that suits the training."""
 
 
@@ -122,7 +124,7 @@ class RunConfig:
     channels_last: bool = False
     """Lay out pictures and convolutions channel by channel of each pixel, which most GPUs and CPUs work on faster."""
     fsdp: bool = False
-    """Spread the frozen weights of a base model over the processes of torchrun, to save memory: for codiff and sodiff."""
+    """Spread the frozen weights of a base model over the processes of torchrun, to save memory (codiff, sodiff)."""
 
 
 @dataclass(frozen=True)

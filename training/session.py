@@ -117,6 +117,7 @@ class Session:
             rotations=data.rotations,
             downscale=data.downscale,
             cache_mb=data.cache_mb,
+            shuffle_shards=data.shuffle_shards,
         )
 
     def _say(self, text: str) -> None:

@@ -22,6 +22,7 @@ LABELS = {
     "ssim_9": "SSIM (window 9)",
     "ssim_gauss": "SSIM (Gaussian)",
     "psnr_b": "PSNR-B",
+    "psnr_b_luma": "PSNR-B (luma)",
     "bef": "BEF",
     "lpips_squeeze": "LPIPS (SqueezeNet)",
     "lpips_alex": "LPIPS (AlexNet)",
@@ -34,8 +35,8 @@ LABELS = {
     "kid": "KID",
 }
 """Every metric there is, in the order of tables -> its heading."""
-ON_REQUEST = ("ssim_9", "ssim_gauss")
-"""Measured only where they are named: SSIM with the windows of DriftRec, and of Wang et al., QGAC and FBCNN."""
+ON_REQUEST = ("ssim_9", "ssim_gauss", "psnr_b_luma")
+"""Measured only where they are named: SSIM with DriftRec's window, SSIM and PSNR-B as in FBCNN's tables."""
 _Weights = Annotated[Path | None, unsaid(metavar="FILE")]
 
 
@@ -154,11 +155,12 @@ def find_metrics(files: MetricFiles, device: torch.device, *, wanted: Sequence[s
     Raises:
         ValueError: A name is unknown, or a given file is not what it should be.
     """
-    from training.evaluate.finders import FINDERS
+    from training.evaluate.finders import SETS, find_sets, find_single
 
     check_names(wanted or ())
     names = [name for name in LABELS if (name in wanted if wanted else name not in ON_REQUEST)]
-    found = [FINDERS[name](name, files, device) for name in names]
+    found = [find_single(name, files, device) for name in names if name not in SETS]
+    found += find_sets([name for name in names if name in SETS], files, device)
     return Metrics(
         tuple(metric for metric in found if isinstance(metric, Metric)),
         tuple(metric for metric in found if isinstance(metric, SetMetric)),

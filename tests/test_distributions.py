@@ -1,0 +1,158 @@
+"""FID and KID are the closed forms, the formulae pair by pair, and the values of the packages that others use."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.linalg import sqrtm
+from skimage import data
+
+from training.evaluate.distributions import fid, frechet_distance, kid, polynomial_mmd
+from training.evaluate.inception import InceptionFeatures, load_inception
+from training.evaluate.metrics import NotMeasuredError
+
+
+def two_sets(count, other, size, seed=0):
+    """Features of two correlated distributions, not negative, as those behind a ReLU."""
+    generator = np.random.default_rng(seed)
+    mixing = generator.normal(size=(size, size)) / np.sqrt(size)
+    first, second = (generator.normal(size=(rows, size)) for rows in (count, other))
+    return np.maximum(first @ mixing, 0), np.maximum(0.9 * second @ mixing + 0.2, 0)
+
+
+def covariance(size, seed, rank=None):
+    factor = np.random.default_rng(seed).normal(size=(size, rank or 2 * size))
+    return factor @ factor.T / factor.shape[1]
+
+
+def test_distance_of_independent_numbers_is_that_of_their_means_and_deviations():
+    mean, other = np.array([1.0, -2.0, 0.5]), np.array([0.0, 1.0, 0.5])
+    deviation, other_deviation = np.array([1.0, 3.0, 0.0]), np.array([2.0, 0.5, 0.25])
+    expected = ((mean - other) ** 2).sum() + ((deviation - other_deviation) ** 2).sum()
+    distance = frechet_distance(mean, np.diag(deviation**2), other, np.diag(other_deviation**2))
+    assert distance == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 7, 40])
+def test_distance_has_the_trace_of_scipys_matrix_root(size):
+    first, second = covariance(size, 1), covariance(size, 2)
+    mean, other = np.random.default_rng(3).normal(size=(2, size))
+    expected = ((mean - other) ** 2).sum() + np.trace(first + second - 2 * sqrtm(first @ second).real)
+    assert frechet_distance(mean, first, other, second) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(other, second, mean, first) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(mean, first, mean, first) == pytest.approx(0, abs=1e-9)
+
+
+def test_singular_covariances_need_no_constant_on_the_diagonal():
+    """Two planes in space that share a line: turned into it, the distance is that of two small matrices."""
+    mean = np.zeros(3)
+    first, second = np.diag([4.0, 1.0, 0.0]), np.diag([9.0, 0.0, 25.0])
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    expected = (2 - 3) ** 2 + 1 + 25
+    assert frechet_distance(mean, turn @ first @ turn.T, mean, turn @ second @ turn.T) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("count", "other"), [(300, 200), (12, 9), (12, 200)])
+def test_fid_of_features_is_that_of_their_means_and_covariances(count, other):
+    x, y = two_sets(count, other, 40)
+    statistics = [(z.mean(axis=0), np.cov(z, rowvar=False)) for z in (x, y)]
+    assert fid(x, y) == pytest.approx(frechet_distance(*statistics[0], *statistics[1]), rel=1e-9)
+    assert fid(x, x) == pytest.approx(0, abs=1e-9) and fid(x, y) > 1
+
+
+def test_kid_is_the_formula_pair_by_pair():
+    x, y = two_sets(9, 7, 5)
+
+    def kernel(a, b):
+        return (sum(a[i] * b[i] for i in range(5)) / 5 + 1) ** 3
+
+    within = [np.mean([kernel(z[i], z[j]) for i, j in itertools.permutations(range(len(z)), 2)]) for z in (x, y)]
+    expected = sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    assert polynomial_mmd(x, y) == pytest.approx(expected, rel=1e-12)
+    assert kid(x, y) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kid_of_one_distribution_is_zero_on_average_and_also_below():
+    """A biased estimate would be above zero each time."""
+    generator = np.random.default_rng(0)
+    values = [kid(*generator.normal(size=(2, 20, 8))) for _ in range(400)]
+    assert min(values) < 0 < max(values)
+    assert np.mean(values) == pytest.approx(0, abs=4 * np.std(values) / 20)
+
+
+def test_large_sets_are_compared_by_subsets_that_the_generator_chooses():
+    x, y = two_sets(60, 50, 6)
+    whole, same = kid(x, y), kid(x, y, subset_size=60)
+    assert whole == same
+    chosen = [kid(x, y, subsets=30, subset_size=20, generator=np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert kid(x, y, subsets=30, subset_size=20) == kid(x, y, subsets=30, subset_size=20)
+    assert np.mean(chosen) == pytest.approx(whole, rel=0.2)
+
+
+def test_sets_that_do_not_fit_are_refused():
+    x, y = two_sets(5, 5, 4)
+    for measure, name in ((fid, "FID"), (kid, "KID")):
+        with pytest.raises(NotMeasuredError, match=f"{name}: expected sets of at least 2 pictures, got 1, 5"):
+            measure(x[:1], y)
+        with pytest.raises(ValueError, match=rf"{name}: expected features \(N, D\) and \(M, D\) of one network"):
+            measure(x, y[:, :3])
+        with pytest.raises(ValueError, match=f"{name}: features are not finite"):
+            measure(np.where(x == x.max(), np.nan, x), y)
+    with pytest.raises(ValueError, match="at least 1 subset of at least 2 pictures, got 5 of 1"):
+        kid(x, y, subsets=5, subset_size=1)
+    with pytest.raises(ValueError, match="no negative eigenvalue"):
+        frechet_distance(np.zeros(2), np.diag([1.0, -1.0]), np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="expected a symmetric covariance of 2x2"):
+        frechet_distance(np.zeros(2), np.array([[1.0, 2.0], [0.0, 1.0]]), np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="two means of equal length"):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
+
+
+PACKAGES = {"torch-fidelity": (0.0, 0.0), "pytorch-fid": (0.0, None), "pyiqa": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_random_features_have_the_values_of_other_packages(package):
+    expected_fid, expected_kid = PACKAGES[package]
+    x, y = two_sets(60, 60, 32)
+    assert fid(x, y) == pytest.approx(expected_fid, rel=1e-6)
+    if expected_kid is not None:
+        assert kid(x, y) == pytest.approx(expected_kid, rel=1e-6)
+
+
+def random_inception(seed=0):
+    """Weights by torchvision's names with which no layer fades, and the statistics of norms differ."""
+    generator = torch.Generator().manual_seed(seed)
+    state = InceptionFeatures().network.state_dict()
+    for name, tensor in state.items():
+        if tensor.dim() == 4:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif name.endswith(("running_var", "bn.weight")):
+            tensor.uniform_(0.8, 1.2, generator=generator)
+        elif tensor.dim():
+            tensor.normal_(0, 0.1, generator=generator)
+    return state
+
+
+def picture():
+    return torch.from_numpy(np.ascontiguousarray(data.astronaut()[:200, 100:260])).permute(2, 0, 1)[None].float() / 255
+
+
+PYTORCH_FID = ()
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """The file, and the network that was read from it."""
+    path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
+    save_file({**random_inception(), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
+    return path, load_inception(path)
+
+
+def test_features_are_pytorch_fids(inception):
+    features = inception[1](picture())
+    assert features.shape == (1, 2048)
+    assert [*features[0, :4].tolist(), features.mean().item()] == pytest.approx(PYTORCH_FID, rel=1e-4)

@@ -1,0 +1,252 @@
+"""What `evaluate` measures with: each metric against other code or published values; what is missing is named."""
+
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shared import shared_path
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from restoration.dists import DISTS
+from training.degradation import compress
+from training.evaluate.metrics import LABELS, ON_REQUEST, MetricFiles, NotMeasuredError, find_metrics
+from training.evaluate.paper_metrics import gaussian_ssim, luma_psnr_b
+from training.evaluate.pyiqa_metrics import DownloadRefusedError, no_downloads
+
+CPU = torch.device("cpu")
+PIXELS = ("psnr", "psnr_y", "ssim", "psnr_b", "bef")
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A photograph, uint8 (161, 133, 3), whose sides are no multiples of 8, and its JPEG."""
+    clean = np.ascontiguousarray(data.astronaut()[40:201, 100:233])
+    return clean, compress(clean, 10)
+
+
+@pytest.fixture
+def no_pyiqa(monkeypatch):
+    """As where the optional package is not installed."""
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+
+
+def by_name(metrics):
+    return {metric.name: metric for metric in (*metrics.single, *metrics.sets)}
+
+
+def matlab_luma(image):
+    """Whole levels of uint8 RGB."""
+    return np.round(image.astype(np.float64) @ np.array([65.481, 128.553, 24.966]) / 255 + 16)
+
+
+def blocking(channel):
+    """Yim and Bovik's factor of one channel, by masks."""
+    squares = [np.diff(channel, axis=axis) ** 2 for axis in (0, 1)]
+    edges = [np.arange(1, channel.shape[axis]) % 8 == 0 for axis in (0, 1)]
+    at = np.concatenate([squares[0][edges[0]].ravel(), squares[1][:, edges[1]].ravel()])
+    inside = np.concatenate([squares[0][~edges[0]].ravel(), squares[1][:, ~edges[1]].ravel()])
+    difference = at.mean() - inside.mean()
+    return max(0.0, difference) * np.log2(8) / np.log2(min(channel.shape))
+
+
+def decibels(error):
+    return 10 * np.log10(255**2 / error)
+
+
+def test_metrics_of_pixels_need_no_files_and_are_those_of_other_code(pair, no_pyiqa):
+    clean, jpeg = pair
+    metrics = find_metrics(MetricFiles(), CPU)
+    measured = {metric.name: metric.measure(to_tensor(jpeg), to_tensor(clean)) for metric in metrics.single}
+    assert tuple(measured) == PIXELS
+    levels, reference = jpeg.astype(np.float64), clean.astype(np.float64)
+    factors = [blocking(levels[..., channel]) for channel in range(3)]
+    errors = [np.mean((levels - reference)[..., channel] ** 2) for channel in range(3)]
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    assert measured["psnr"] == pytest.approx(peak_signal_noise_ratio(clean, jpeg), abs=1e-4)
+    assert measured["psnr_y"] == pytest.approx(decibels(np.mean(((levels - reference) @ weights) ** 2)), abs=1e-3)
+    assert measured["ssim"] == pytest.approx(structural_similarity(clean, jpeg, channel_axis=2), abs=2e-6)
+    assert measured["bef"] == pytest.approx(np.mean(factors), rel=1e-4)
+    expected = np.mean([decibels(error + factor) for error, factor in zip(errors, factors, strict=True)])
+    assert measured["psnr_b"] == pytest.approx(expected, abs=1e-3)
+    found = by_name(metrics)
+    assert [found[name].better for name in PIXELS] == ["higher"] * 4 + ["lower"]
+    assert [found[name].reference for name in PIXELS] == [True] * 4 + [False]
+
+
+def test_measures_of_other_papers_are_those_of_other_code(pair):
+    clean, jpeg = pair
+    expected = structural_similarity(clean, jpeg, channel_axis=2, gaussian_weights=True, sigma=1.5,
+                                     use_sample_covariance=False)  # fmt: skip
+    assert gaussian_ssim(to_tensor(jpeg), to_tensor(clean)).item() == pytest.approx(expected, abs=2e-6)
+    error = np.mean((jpeg.astype(np.float64) - clean) ** 2)
+    expected = decibels(error + blocking(matlab_luma(jpeg)))
+    assert luma_psnr_b(to_tensor(jpeg), to_tensor(clean)).item() == pytest.approx(expected, abs=1e-3)
+    found = by_name(find_metrics(MetricFiles(), CPU, wanted=ON_REQUEST))
+    window = structural_similarity(clean, jpeg, channel_axis=2, win_size=9)
+    assert found["ssim_9"].measure(to_tensor(jpeg), to_tensor(clean)) == pytest.approx(window, abs=2e-6)
+    batch = torch.cat([to_tensor(jpeg), to_tensor(clean)])
+    assert gaussian_ssim(batch, batch.flip(0)).shape == (2,)
+    with pytest.raises(ValueError, match="sides >= 11"):
+        gaussian_ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20))
+
+
+def test_what_is_missing_is_named_with_what_to_give(no_pyiqa):
+    metrics = find_metrics(MetricFiles(), CPU)
+    reasons = {missing.label: missing.reason for missing in metrics.missing}
+    assert not metrics.sets
+    assert list(reasons) == [label for name, label in LABELS.items() if name not in (*PIXELS, *ON_REQUEST)]
+    assert reasons["LPIPS (SqueezeNet)"] == "give --weights.lpips lpips_squeeze_f32.npz"
+    assert "--weights.dists weights.pt" in reasons["DISTS"] and "--weights.vgg16 vgg16" in reasons["DISTS"]
+    assert "--weights.niqe" in reasons["NIQE"] and "pip install pyiqa" in reasons["NIQE"]
+    assert reasons["MUSIQ"] == reasons["CLIPIQA"] == "install pyiqa (pip install pyiqa)"
+    assert reasons["FID"] == reasons["KID"] == "give --weights.inception pt_inception-2015-12-05-6726825d.pth"
+
+
+def test_only_what_is_wanted_is_found_or_missing(no_pyiqa):
+    metrics = find_metrics(MetricFiles(), CPU, wanted=["kid", "ssim_9", "psnr"])
+    assert [metric.name for metric in metrics.single] == ["psnr", "ssim_9"]
+    assert [missing.label for missing in metrics.missing] == ["KID"]
+    with pytest.raises(ValueError, match=r"--metrics: there is no metric musik\. Perhaps you meant musiq\. There are"):
+        find_metrics(MetricFiles(), CPU, wanted=["psnr", "musik"])
+
+
+def test_given_files_are_measured_with_and_wrong_ones_refused(pair, no_pyiqa, tmp_path):
+    lpips = shared_path("weights", "lpips_squeeze", "lpips_squeeze_f32.npz")
+    niqe = shared_path("weights", "niqe", "niqe_pris_params.npz")
+    found = by_name(find_metrics(MetricFiles(lpips=lpips, niqe=niqe), CPU))
+    assert tuple(found) == (*PIXELS, "lpips_squeeze", "niqe")
+    assert not found["niqe"].reference
+    photo = to_tensor(data.astronaut()[:200, :300])
+    assert found["niqe"].measure(photo, None) == found["niqe"].measure(photo, 1 - photo)
+    for field, file in (("lpips", niqe), ("niqe", lpips), ("inception", lpips)):
+        with pytest.raises(ValueError, match=file.name):
+            find_metrics(MetricFiles(**{field: file}), CPU)
+    with pytest.raises(ValueError, match=r"absent\.pth: there is no such file"):
+        find_metrics(MetricFiles(inception=tmp_path / "absent.pth"), CPU)
+
+
+def test_a_picture_that_says_nothing_is_left_out_with_a_sentence(pair):
+    lpips = shared_path("weights", "lpips_squeeze", "lpips_squeeze_f32.npz")
+    niqe = shared_path("weights", "niqe", "niqe_pris_params.npz")
+    found = by_name(find_metrics(MetricFiles(lpips=lpips, niqe=niqe), CPU))
+    small, photo = torch.zeros(1, 3, 6, 40), to_tensor(pair[0])
+    for name in ("ssim", "psnr_b", "bef", "lpips_squeeze", "niqe"):
+        with pytest.raises(NotMeasuredError, match=f"^{LABELS[name].split()[0]}"):
+            found[name].measure(small, 1 - small)
+    with pytest.raises(NotMeasuredError, match="^PSNR is inf: the picture equals the clean one"):
+        found["psnr"].measure(photo, photo)
+    with pytest.raises(NotMeasuredError, match="^NIQE: expected at least 4 blocks .* the rest is flat"):
+        found["niqe"].measure(torch.full((1, 3, 300, 300), 0.5), None)
+
+
+def test_wrong_shapes_are_mistakes_and_no_reason_to_leave_a_picture_out(pair):
+    found = by_name(find_metrics(MetricFiles(), CPU, wanted=["psnr", "bef"]))
+    photo = to_tensor(pair[0])
+    for metric, arguments, words in (
+        ("psnr", (photo, None), "PSNR: expected the clean picture as well"),
+        ("psnr", (photo, photo[..., 1:]), "PSNR: expected the clean picture to have the same size"),
+        ("bef", (torch.cat([photo, photo]), None), r"BEF: expected one picture \(1,3,H,W\), got \(2, 3,"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            found[metric].measure(*arguments)
+        assert not isinstance(caught.value, NotMeasuredError)
+
+
+def write_pyiqa(folder: Path, version: str, body: str) -> None:
+    """A package of this name that pip seems to have installed."""
+    (folder / "pyiqa" / "utils").mkdir(parents=True)
+    (folder / "pyiqa" / "__init__.py").write_text(f"from .utils import download_util\n{body}", encoding="utf-8")
+    (folder / "pyiqa" / "utils" / "__init__.py").touch()
+    (folder / "pyiqa" / "utils" / "download_util.py").write_text(
+        "from torch.hub import download_url_to_file\n", encoding="utf-8"
+    )
+    information = folder / f"pyiqa-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pyiqa\nVersion: {version}\n", encoding="utf-8")
+
+
+@pytest.fixture
+def pyiqa(tmp_path, monkeypatch):
+    """Writes a package with the given version and code, which is forgotten after the test."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "pyiqa"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda version, body: write_pyiqa(tmp_path, version, body)
+    for name in [name for name in sys.modules if name.split(".")[0] == "pyiqa"]:
+        del sys.modules[name]
+
+
+WORKING = """
+class Network:
+    def __init__(self, name):
+        self.name, self.metric_mode = name, "FR" if name in ("lpips", "dists") else "NR"
+    def __call__(self, *pictures):
+        assert pictures[0].shape[-1] >= 32, "too narrow"
+        return sum((index + 1) * picture.mean() for index, picture in enumerate(pictures))
+def create_metric(name, device):
+    print("Loading pretrained model")
+    if name == "maniqa":
+        download_util.download_url_to_file("https://example.invalid/a/maniqa.pt", "cache/maniqa.pt", hash_prefix=None)
+    if name == "clipiqa":
+        import urllib.request
+        try:
+            urllib.request.urlopen("https://example.invalid/RN50.pt")
+        except OSError as error:
+            raise RuntimeError("could not load RN50") from error
+    return Network(name)
+"""
+
+
+def test_metrics_of_pyiqa_are_measured_and_their_downloads_refused(pyiqa, capsys):
+    pyiqa("0.1.14", WORKING)
+    metrics = find_metrics(MetricFiles(), CPU)
+    found = by_name(metrics)
+    assert tuple(found) == (*PIXELS, "lpips_alex", "dists", "niqe", "musiq")
+    assert found["musiq"].variant == "pyiqa 0.1.14, koniq10k" and found["musiq"].better == "higher"
+    picture, clean = torch.full((1, 3, 40, 40), 0.5), torch.full((1, 3, 40, 40), 0.25)
+    assert found["musiq"].measure(picture, None) == pytest.approx(0.5)
+    assert found["lpips_alex"].measure(picture, clean) == pytest.approx(1.0)
+    reasons = {missing.label: missing.reason for missing in metrics.missing}
+    assert reasons["MANIQA"] == "pyiqa 0.1.14: put maniqa.pt into cache (TORCH_HOME moves this folder)"
+    assert reasons["CLIPIQA"] == "pyiqa 0.1.14: could not load RN50"
+    with pytest.raises(NotMeasuredError, match="MUSIQ: pyiqa refuses a picture of 20x40: too narrow"):
+        found["musiq"].measure(picture[..., :20], None)
+    assert not capsys.readouterr().out
+
+
+def test_files_of_ones_own_come_before_pyiqas(pyiqa):
+    pyiqa("0.1.14", WORKING)
+    niqe = shared_path("weights", "niqe", "niqe_pris_params.npz")
+    assert "pyiqa" not in by_name(find_metrics(MetricFiles(niqe=niqe), CPU, wanted=["niqe"]))["niqe"].variant
+
+
+@pytest.mark.parametrize(
+    ("version", "body", "words"),
+    [("0.1.9", WORKING, "pyiqa is 0.1.9, whose values differ: install 0.1.13 or newer"),
+     ("0.2", "import a_package_that_is_not_there", "pyiqa 0.2: No module named 'a_package_that_is_not_there'")],
+)  # fmt: skip
+def test_a_pyiqa_that_does_not_do_is_named_with_what_to_do(pyiqa, version, body, words):
+    pyiqa(version, body)
+    (missing,) = find_metrics(MetricFiles(), CPU, wanted=["musiq"]).missing
+    assert words in missing.reason
+
+
+def test_nothing_is_fetched_inside_and_all_is_as_before_after(tmp_path):
+    before = socket.getaddrinfo, torch.hub.download_url_to_file
+    with no_downloads():
+        with pytest.raises(DownloadRefusedError) as caught:
+            torch.hub.load_state_dict_from_url("https://example.invalid/vgg16.pth", model_dir=str(tmp_path))
+        assert caught.value.wanted == tmp_path / "vgg16.pth"
+        with pytest.raises(OSError, match=r"nothing is fetched from example\.invalid"):
+            urllib.request.urlopen("https://example.invalid/weights.pth", timeout=5)
+    assert (socket.getaddrinfo, torch.hub.download_url_to_file) == before

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -280,3 +282,20 @@ def test_priors_and_one_step_restorers_run(clean: Path, tmp_path: Path, monkeypa
     rows = rows_of(output)
     assert rows["10", "codiff"]["means"]["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
     assert rows["10", "prior"]["evaluations"] == 2
+
+
+def test_two_ranks_share_the_pictures_and_find_the_same(
+    clean: Path, regression: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun each rank measures its share, the first one puts all together."""
+    arguments = ["--data", clean, "--restorer", regression, "--qualities", 10, *FAST, "--output"]
+    evaluate(monkeypatch, *arguments, tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "training"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run([*command, "evaluate", *map(str, arguments), str(tmp_path / "two")], env=environment,
+                          capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert {key: row["means"] for key, row in one.items()} == {key: row["means"] for key, row in two.items()}
+    shares = [sum(1 for _ in path.open()) for path in sorted((tmp_path / "two").glob("measurements*.jsonl"))]
+    assert sorted(shares) == [2, 4]

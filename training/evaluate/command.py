@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from training.evaluate.systems import RestorerOnDisk, check_system, read_restore
 from training.evaluate.tables import to_text
 from training.restore.families import DTYPES, Loading
 from training.restore.settings import RestoreSettings
-from training.restore.workers import choose_device
+from training.restore.workers import choose_device, rank_of, wait_for_all_ranks
 
 _DESCRIPTION = """Measure restorers on a folder of clean pictures (they are compressed first), or on pictures that are
 degraded already. Prints a table and writes results.json, results.csv and report.html, which needs nothing beside it.
@@ -41,6 +41,7 @@ Examples:
   python -m training evaluate --data LIVE1 --restorer mine.safetensors --protocol single double --qualities 10 20 30
   python -m training evaluate --data clean --degraded photos --restorer mine.safetensors
   python -m training evaluate --data LIVE1 --restorer weights/starter-driftrec.safetensors --protocol samplers averaging
+  torchrun --nproc_per_node=4 -m training evaluate --data DIV2K --restorer mine.safetensors
 """
 
 
@@ -59,40 +60,62 @@ def run(arguments: list[str]) -> int:
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
     )  # fmt: skip
     results = evaluate(options, f"python -m training evaluate {shlex.join(arguments)}")
-    return 1 if results.left_out else 0
+    return 1 if results is not None and results.left_out else 0
 
 
-def evaluate(options: EvaluateOptions, command: str = "") -> Results:
-    """As `run`, for options that were parsed; `command` is named in the report."""
-    device = choose_device(options.device, 0)
+def evaluate(options: EvaluateOptions, command: str = "") -> Results | None:
+    """As `run`, for options that were parsed; `command` is named in the report.
+
+    Returns:
+        What was found; None in all processes of a torchrun but the first.
+    """
+    rank, ranks, local_rank = rank_of(os.environ)
+    device = choose_device(options.device, local_rank)
     loading = Loading(RestoreSettings(), device, DTYPES.get(options.dtype), options.base)
     sources = find_sources(options.data, options.degraded, options.limit)
     restorers = read_restorers(options.restorer)
     parts = _parts(options, restorers, loading)
     metrics = _metrics(options, device)
-    chooses = choosing_metric(metrics.single, options.worst_by)
-    store = Store(options.output, metrics)
-    examples = Examples(options.output / "examples", options.examples, chooses)
-    runner = Runner(sources, options.subsampling, metrics, store, examples, loading)
-    print(f"{len(sources)} pictures, {len(restorers)} restorers, on {device}", flush=True)
+    if rank == 0:
+        print(f"{len(sources)} pictures, {len(restorers)} restorers, on {device}", flush=True)
+    runner = _runner(options, sources[rank::ranks], metrics, loading, rank)
     runner.run(parts)
+    if ranks > 1:
+        wait_for_all_ranks()
+        if rank:
+            return None
+        runner = _runner(options, sources, metrics, loading, rank)
+        runner.run(parts)  # nothing is left to measure
     results = _results(options, command, restorers, sources, metrics, device)
-    for part in parts:
-        results.rows += runner.rows(part)
-        results.lines += runner.lines(part)
-        names = [Path(source.name).stem for source in sources]
-        results.published[part.protocol] = [
-            to_plain(row) for row in published_rows(part.protocol, names, options.subsampling)
-        ]
-    results.left_out += runner.left_out.items()
+    _add_rows(results, runner, parts, [Path(source.name).stem for source in sources], options.subsampling)
     if "quality" in options.protocol:
         results.quality = measure_quality(options, restorers, sources, device)
     if "embeddings" in options.protocol:
         results.embeddings = map_embeddings(options, restorers, sources, device)
     print(f"\n{to_text(results)}", flush=True)
-    _write(options.output, results, _examples_of(parts, runner, examples), None if chooses is None else
-           results.metric(chooses.name))  # fmt: skip
+    _write(options.output, results, parts, runner)
     return results
+
+
+def _runner(
+    options: EvaluateOptions, sources: Sequence[Source], metrics: Metrics, loading: Loading, rank: int
+) -> Runner:
+    chooses = choosing_metric(metrics.single, options.worst_by)
+    store = Store(options.output, metrics, rank)
+    examples = Examples(options.output, options.examples, chooses, rank)
+    return Runner(sources, options.subsampling, metrics, store, examples, loading)
+
+
+def _add_rows(
+    results: Results, runner: Runner, parts: Sequence[Part], names: Sequence[str], subsampling: str
+) -> None:
+    for part in parts:
+        results.rows += runner.rows(part)
+        results.lines += runner.lines(part)
+        results.published[part.protocol] = [
+            to_plain(row) for row in published_rows(part.protocol, names, subsampling)
+        ]
+    results.left_out += runner.left_out.items()
 
 
 def _parts(options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], loading: Loading) -> list[Part]:
@@ -140,19 +163,18 @@ def _results(
     return Results(facts, described, named, list(metrics.missing))
 
 
-def _examples_of(parts: Sequence[Part], runner: Runner, examples: Examples) -> Callable[[Row], list[Example]]:
-    identities = {system.label: runner.identity(system) for part in parts for system in part.systems}
-    return lambda row: examples.chosen(identities[row.system], row.condition)
-
-
-def _write(
-    folder: Path, results: Results, examples_of: Callable[[Row], list[Example]], chosen_by: MetricFacts | None
-) -> None:
+def _write(folder: Path, results: Results, parts: Sequence[Part], runner: Runner) -> None:
     """All three files, each whole or not at all."""
+    identities = {system.label: runner.identity(system) for part in parts for system in part.systems}
+
+    def examples_of(row: Row) -> list[Example]:
+        return runner.examples.chosen(identities[row.system], row.condition)
+
+    chooses = runner.examples.metric
     texts = {
         "results.json": json.dumps(results.to_json(), indent=1),
         "results.csv": results.to_csv(),
-        "report.html": to_html(results, examples_of, chosen_by),
+        "report.html": to_html(results, examples_of, None if chooses is None else results.metric(chooses.name)),
     }
     for name, text in texts.items():
         temporary = folder / f"{name}.part"

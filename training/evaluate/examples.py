@@ -22,6 +22,7 @@ from training.evaluate.store import Measurement
 _SIDE = 640
 """Larger pictures are shown by a square in their middle: shrunk, they would not show what happened."""
 _WEBP_QUALITY = 92
+_NAME = "examples"
 _PREFERRED = ("lpips_alex", "lpips_squeeze", "psnr", "niqe", "bef")
 
 
@@ -63,13 +64,15 @@ class Examples:
     """A folder of them, kept small while an evaluation runs.
 
     Args:
-        folder: Made when the first one comes.
+        parent: Of the folder, which is made when the first one comes.
         count: For each restorer and condition; the odd one is a worst one.
         metric: Chooses the worst; None: none are kept.
+        rank: Of this process; each keeps its own, and `chosen` looks at those of all.
     """
 
-    def __init__(self, folder: Path, count: int, metric: Metric | None) -> None:
-        self.folder, self.metric = folder, metric
+    def __init__(self, parent: Path, count: int, metric: Metric | None, rank: int = 0) -> None:
+        self.parent, self.metric = parent, metric
+        self.folder = parent / (f"{_NAME}-{rank}" if rank else _NAME)
         self.first, self.worst = (count // 2, count - count // 2) if metric is not None else (0, 0)
 
     def consider(self, measurement: Measurement, jpeg: Measurement | None, degraded: Degraded, image: Tensor) -> None:
@@ -77,7 +80,7 @@ class Examples:
         gain = self._gain(measurement, jpeg)
         if gain is None or measurement.key == (jpeg.key if jpeg else None):
             return
-        folder = self._folder(measurement.key.system, measurement.key.condition)
+        folder = self.folder / _place(measurement.key.system, measurement.key.condition)
         there = _index(folder)
         first = sum(not entry["worst"] for entry in there.values()) < self.first
         worst = sorted((entry["gain"], name) for name, entry in there.items() if entry["worst"])
@@ -91,12 +94,15 @@ class Examples:
 
     def chosen(self, system: str, condition: str) -> list[Example]:
         """The examples of a system under a condition, the first ones first, then from the worst on."""
-        folder = self._folder(system, condition)
-        entries = sorted(_index(folder).items(), key=lambda item: (item[1]["worst"], item[1]["gain"]))
+        folders = [folder / _place(system, condition) for folder in sorted(self.parent.glob(f"{_NAME}*"))]
+        found = [(folder, name, entry) for folder in folders for name, entry in _index(folder).items()]
+        first = sorted((item for item in found if not item[2]["worst"]), key=lambda item: item[2]["picture"])
+        taken = {entry["picture"] for _, _, entry in first[: self.first]}
+        worst = sorted((item for item in found if item[2]["picture"] not in taken), key=lambda item: item[2]["gain"])
         return [
-            Example(entry["picture"], entry["worst"], entry["gain"], *(_bytes(folder, name, kind)
-                    for kind in ("before", "after")), clean=_clean(folder, name))  # type: ignore[arg-type]
-            for name, entry in entries
+            Example(entry["picture"], entry["picture"] not in taken, entry["gain"], _bytes(folder, name, "before"),
+                    _bytes(folder, name, "after"), _clean(folder, name))
+            for folder, name, entry in (*first[: self.first], *worst[: self.worst])
         ]  # fmt: skip
 
     def _gain(self, measurement: Measurement, jpeg: Measurement | None) -> float | None:
@@ -108,8 +114,10 @@ class Examples:
         difference = values[0] - values[1]
         return difference if self.metric.better == "higher" else -difference
 
-    def _folder(self, system: str, condition: str) -> Path:
-        return self.folder / system / re.sub(r"[^0-9A-Za-z]+", "-", condition)
+
+
+def _place(system: str, condition: str) -> Path:
+    return Path(system) / re.sub(r"[^0-9A-Za-z]+", "-", condition)
 
 
 def _index(folder: Path) -> dict[str, dict]:

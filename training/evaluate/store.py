@@ -15,7 +15,7 @@ import numpy as np
 
 from training.evaluate.metrics import Metrics
 
-_LINES, _VARIANTS, _FEATURES = "measurements.jsonl", "metrics.json", "features"
+_LINES, _VARIANTS, _FEATURES = "measurements", "metrics.json", "features"
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,16 @@ class Store:
     Args:
         folder: Made where it is missing.
         metrics: That are measured; their variants must be those of the figures that are there.
+        rank: Of this process; each has a file of its own for what it adds, and reads those of all.
 
     Raises:
         StoreError: They are others, or the file of figures cannot be understood.
         OSError: The folder cannot be written.
     """
 
-    def __init__(self, folder: Path, metrics: Metrics) -> None:
-        self.folder, self._lines = folder, folder / _LINES
+    def __init__(self, folder: Path, metrics: Metrics, rank: int = 0) -> None:
+        self.folder = folder
+        self._own = folder / (f"{_LINES}-{rank}.jsonl" if rank else f"{_LINES}.jsonl")
         self._names = tuple(metric.name for metric in metrics.single)
         self._sets = tuple(metric.name for metric in metrics.sets)
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ class Store:
         if before is not None:
             measurement = dataclasses.replace(measurement, values={**before.values, **measurement.values})
         self._known[measurement.key] = measurement
-        with self._lines.open("a", encoding="utf-8") as file:
+        with self._own.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_to_plain(measurement)) + "\n")
 
     def _feature(self, key: Key, metric: str) -> Path:
@@ -128,27 +130,31 @@ class Store:
                 f"{self.folder} holds figures of another {name} ({then[name]}) than this one ({variants[name]}). Give "
                 "another --output, or remove the folder."
             )
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps({**then, **variants}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        if then != (now := {**then, **variants}):
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+            temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
+            os.replace(temporary, path)
 
     def _read(self) -> Iterator[Measurement]:
-        """All whole lines; one that a kill cut at the end is removed."""
-        if not self._lines.exists():
-            return
-        content = self._lines.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with self._lines.open("r+b") as file:
-                file.truncate(len(whole))
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
-            try:
-                yield _from_plain(json.loads(line))
-            except (ValueError, TypeError, KeyError) as error:
-                raise StoreError(
-                    f"{self._lines}, line {number}: no measurement of this version ({error}). Give another --output, "
-                    "or remove the file."
-                ) from error
+        """All whole lines of all processes; where a kill cut the last one of this process's own, it is removed."""
+        for path in sorted(self.folder.glob(f"{_LINES}*.jsonl")):
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content) and path == self._own:
+                with path.open("r+b") as file:
+                    file.truncate(len(whole))
+            yield from _parsed(path, whole.decode("utf-8"))
+
+
+def _parsed(path: Path, lines: str) -> Iterator[Measurement]:
+    for number, line in enumerate(lines.splitlines(), start=1):
+        try:
+            yield _from_plain(json.loads(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(
+                f"{path}, line {number}: no measurement of this version ({error}). Give another --output, or remove "
+                "the file."
+            ) from error
 
 
 def _to_plain(measurement: Measurement) -> dict[str, Any]:

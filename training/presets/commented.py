@@ -1,0 +1,73 @@
+"""A configuration as YAML in which every field is explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from training.config_checks import is_group
+from training.config_files import to_plain
+from training.config_values import in_words
+from training.presets.descriptions import describe_class, describe_fields
+
+_WIDTH = 100
+
+
+def to_commented_yaml(command: str, config: Any, origin: str) -> str:
+    """YAML that `read_config` takes, with a comment above each field: what it is, in which unit, and what it may be.
+
+    Args:
+        command: What the configuration trains.
+        config: The configuration.
+        origin: Where it comes from, for its first lines.
+    """
+    head = [
+        f"# yaml-language-server: $schema={schema_name(command)}",
+        f"# {origin}. Change what you like, leave out what you do not change, and run it:",
+        f"#   python -m training {command} --config my.yaml",
+        "# Options come after the file and win: --run.output runs/another --run.batch 8",
+        "# For editors that complete and check (the first line): "
+        f"python -m training presets schema {command} > {schema_name(command)}",
+        *_comment(describe_class(type(config)), ""),
+    ]
+    return "\n".join([*head, *_lines(config, "")]) + "\n"
+
+
+def schema_name(command: str) -> str:
+    """The file beside a configuration in which editors look for its schema."""
+    return f"{command}.schema.json"
+
+
+def _lines(config: Any, indent: str) -> Iterator[str]:
+    described, kinds = describe_fields(type(config)), typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, said = getattr(config, field.name), described.get(field.name, "")
+        if not indent:
+            yield ""
+        if is_group(value):
+            of_class = describe_class(type(value))
+            yield from _comment(f"{of_class} {said}" if said else of_class, indent)
+            yield f"{indent}{field.name}:"
+            yield from _lines(value, indent + "  ")
+        else:
+            yield from _comment(f"{said} ({in_words(kinds[field.name])})".strip(), indent)
+            yield f"{indent}{field.name}: {_value(value)}"
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    start = f"{indent}# "
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=start, subsequent_indent=start, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _value(value: Any) -> str:
+    """One value in one line of YAML."""
+    text = yaml.safe_dump(to_plain(value), default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -25,6 +25,7 @@ class DriftRecTask(TaskDefaults):
     """
 
     stores_frozen = True  # the frequencies of the noise level
+    judged_by = ("lpips", "psnr")
 
     def __init__(self, config: DriftRecConfig) -> None:
         self.config, self.size_multiple = config, config.network.size_multiple

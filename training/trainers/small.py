@@ -18,7 +18,7 @@ from training.backbone import DCTModel, make_unet
 from training.discriminators import discriminator_loss, generator_loss
 from training.latent_critic import DCTCritic
 from training.losses import make_perceptual, pixel_loss
-from training.trainers.one_step import Restored, Seen, check_crop
+from training.trainers.one_step import Restored, Seen, check_crop, quality_error
 from training.trainers.task import TaskDefaults
 
 
@@ -61,6 +61,7 @@ class SmallTask(TaskDefaults, Generic[ModelT]):
     """
 
     stores_frozen = True  # the codec's scale
+    judged_by = ("lpips", "psnr")
     config: Any
     model: ModelT
 
@@ -82,12 +83,15 @@ class SmallTask(TaskDefaults, Generic[ModelT]):
         clean, weights = batch["clean"], self.config.loss
         restored: Restored = model(batch["degraded"], generator)
         total = pixel_loss(restored.pictures, clean, weights)
+        parts = {"loss/pixels": total}
         if self.perceptual is not None:
-            distances = self.perceptual.to(clean.device)(restored.pictures.clamp(0, 1), clean)
-            total = total + weights.perceptual.weight * distances.mean()
+            parts["loss/perceptual"] = self.perceptual.to(clean.device)(restored.pictures.clamp(0, 1), clean).mean()
+            total = total + weights.perceptual.weight * parts["loss/perceptual"]
         if self.critic is not None:
-            total = total + weights.adversarial.weight * generator_loss(self.critic(restored.latents))
+            parts["loss/adversarial"] = generator_loss(self.critic(restored.latents))
+            total = total + weights.adversarial.weight * parts["loss/adversarial"]
             self._kept = restored.latents.detach()
+        self.note({**parts, **quality_error(restored, batch)})
         return total + self.auxiliary(restored, batch)
 
     def auxiliary(self, restored: Restored, batch: dict[str, Any]) -> Tensor | float:

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 Index = dict[str, tuple[int, int]]
 """Name of a member, as a path in POSIX form -> where its bytes begin in the shard, and how many they are."""
@@ -84,6 +84,8 @@ def _expanded(pattern: str) -> Iterator[str]:
 def _choices(text: str, pattern: str) -> list[str]:
     """What stands in braces: numbers `first..last`, with the zeros of the longer one, or words with commas between."""
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if numbers is None and "," not in text:
+        raise ShardError(f"{pattern}: expected {{000..127}} or {{a,b}} in braces, got {{{text}}}.")
     if numbers is None:
         return text.split(",")
     first, last = int(numbers[1]), int(numbers[2])
@@ -188,13 +190,14 @@ def scan_shard(shard: Path) -> Index:
     return index
 
 
-def index_text(shard: Path, index: Index) -> str:
-    """The index of a shard as the text of the file beside it; it is valid for a shard of this size alone."""
-    members = [[name, offset, size] for name, (offset, size) in index.items()]
-    return json.dumps({"version": 1, "bytes": shard.stat().st_size, "members": members}, separators=(",", ":"))
+def index_text(index: Index, size: int, **further: Any) -> str:
+    """The text of the file beside a shard: it is valid for a shard of `size` bytes alone. `further` goes along."""
+    members = [[name, *place] for name, place in index.items()]
+    return json.dumps({"version": 1, "bytes": size, **further, "members": members}, separators=(",", ":"))
 
 
-def _stored_index(shard: Path) -> Index | None:
+def stored_index(shard: Path) -> Index | None:
+    """The index that lies beside a shard; None where there is none that is valid for it."""
     beside = index_path(shard)
     if not beside.is_file():
         return None
@@ -215,7 +218,7 @@ def _remembered(shard: str) -> Index:
     """The index of a shard, read once in each process."""
     index = _INDEXES.get(shard)
     if index is None:
-        stored = _stored_index(Path(shard))
+        stored = stored_index(Path(shard))
         index = _INDEXES[shard] = scan_shard(Path(shard)) if stored is None else stored
     return index
 

@@ -29,7 +29,8 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     (folder / "sub.dir").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for number, name in enumerate(["a.b.png", "ä ö.png", "sub.dir/a.png", "c.webp", "d.PNG", "e.bmp", "f.png", "g.png"]):
+    names = ["a.b.png", "ä ö.png", "sub.dir/a.png", "c.webp", "d.PNG", "e.bmp", "f.png", "g.png"]
+    for number, name in enumerate(names):
         pixels = rng.integers(0, 255, (40 + number, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name, lossless=True)
     exif = Image.Exif()
@@ -66,7 +67,7 @@ def test_copies_are_the_files_themselves(pictures: Path, tmp_path: Path, capsys)
             members |= {member.name: tar.extractfile(member).read() for member in tar}
     texts = {name: members.pop(name) for name in list(members) if name.endswith(".txt")}
     assert sorted(members.values()) == sorted(path.read_bytes() for path in originals(pictures))
-    assert all(name.count(".") == 1 and name.isascii() or "ä" in name for name in members), "the key ends at the dot"
+    assert all((name.count(".") == 1 and name.isascii()) or "ä" in name for name in members), "the key ends at the dot"
     assert list(texts.values()) == [b"noise"] and next(iter(texts)).removesuffix("txt") + "png" in members
     said = capsys.readouterr().out
     assert "text.png, which cannot be read" in said and "cut.png" in said and "11 pictures in" in said
@@ -103,7 +104,8 @@ def test_shards_are_filled_up_to_their_size_in_a_random_order(tmp_path: Path) ->
 def test_a_repeated_command_makes_up_for_what_is_missing(pictures: Path, tmp_path: Path, capsys) -> None:
     output, settings = tmp_path / "out", ShardSettings(shard_mb=0.02)
     write_shards(pictures, output, settings)
-    whole = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.glob("shards-*")}
+    whole = {path: path.read_bytes() for path in output.glob("shards-*")}
+    times = {path: path.stat().st_mtime_ns for path in whole}
     assert all(stored_index(path) == scan_shard(path) for path in whole if path.suffix == ".tar")
     (output / "shards-001.tar").unlink()  # as if it had been killed there
     (output / "shards-001.tar.part").write_bytes(b"half")
@@ -112,8 +114,8 @@ def test_a_repeated_command_makes_up_for_what_is_missing(pictures: Path, tmp_pat
         json.dumps({k: v for k, v in json.loads((output / "shards.json").read_text()).items() if k != "pictures"})
     )
     write_shards(pictures, output, settings, jobs=2)
-    assert {path: path.read_bytes() for path in output.glob("shards-*")} == {path: data for path, (data, _) in whole.items()}
-    again = {path.name for path, (_, time) in whole.items() if path.stat().st_mtime_ns != time}
+    assert {path: path.read_bytes() for path in output.glob("shards-*")} == whole
+    again = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert again == {f"shards-{number}{ending}" for number in ("001", "002") for ending in (".tar", ".index.json")}
     assert "text.png, which cannot be read" in capsys.readouterr().out
     assert json.loads((output / "shards.json").read_text())["pictures"] == 11
@@ -122,7 +124,7 @@ def test_a_repeated_command_makes_up_for_what_is_missing(pictures: Path, tmp_pat
 def test_shards_of_something_else_are_not_mixed(pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     write_shards(pictures, output, ShardSettings())
-    with pytest.raises(ShardError, match="packed otherwise .*encode"):
+    with pytest.raises(ShardError, match=r"packed otherwise .*encode"):
         write_shards(pictures, output, ShardSettings(encode="png"))
     (pictures / "g.png").unlink()
     with pytest.raises(ShardError, match="of other pictures"):

@@ -1,8 +1,9 @@
-"""Pictures in tar files: found, read at their places, shuffled in windows, and still pure functions of seed and index."""
+"""Pictures in tar files: found, read at their places, shuffled in windows; items stay functions of seed and index."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import shutil
@@ -123,7 +124,8 @@ def test_the_index_in_the_file_beside_is_used_while_it_belongs_to_the_shard(fold
     assert {name: (offset, size) for name, offset, size in stored["members"]} == scan_shard(shard)
     raw = shard.read_bytes()
     for name, offset, size in stored["members"]:
-        assert raw[offset : offset + size] == tarfile.open(shard).extractfile(name).read()
+        with tarfile.open(shard) as tar:
+            assert raw[offset : offset + size] == tar.extractfile(name).read()
     stored["members"] = stored["members"][:2]
     index_path(shard).write_text(json.dumps(stored))
     assert len(find_images(shard)) == 2, "it was read, not the shard"
@@ -168,7 +170,7 @@ def test_an_epoch_shows_each_picture_once_and_reads_few_shards_at_a_time(folder)
         assert sorted(epoch) == sorted(items.paths)
         windows = [{shard_of(path) for path in epoch[start : start + 20]} for start in (0, 20, 40)]
         assert [len(window) for window in windows] == [4, 4, 4]
-        changes = sum(shard_of(a) != shard_of(b) for a, b in zip(epoch, epoch[1:], strict=False))
+        changes = sum(shard_of(a) != shard_of(b) for a, b in itertools.pairwise(epoch))
         assert changes > 30, "within a window, shards are mixed"
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert len({frozenset(map(shard_of, epoch[:20])) for epoch in epochs}) > 1, "other shards meet in other epochs"

@@ -258,7 +258,7 @@ def test_wrong_options_are_refused_in_words(folder):
 
 
 def test_a_pair_is_made_again_from_its_picture_and_a_seed(folder):
-    """What the sheet of `check` says of a pair, and `docs/data.md`: picture, settings and seed are all that it takes."""
+    """As the sheet of `check` and docs/data.md say: picture, settings and seed are all that it takes."""
     items = dataset(folder, degradation=PRESETS["web"], seed=7, downscale=(1.0, 2.0))
     for index in (0, 5, 31):
         path, pair = items.pair(index)
@@ -277,7 +277,19 @@ def noisy_picture():
     return ((rows[..., None] * [3, 1, 2] + columns[..., None] * [1, 2, 3] + rough) % 256).astype(np.uint8)
 
 
-@pytest.mark.parametrize("preset, augmentation, expected", [])
+@pytest.mark.parametrize(
+    "preset, augmentation, expected",
+    [
+        ("paper", "paper", "72239406916105c3"),
+        ("paper", "crop", "0d9bb3f04ad5d27e"),
+        ("wide", "paper", "751694c049e2988b"),
+        ("wide", "crop", "2f6653763b4a150a"),
+        ("codiff_paper", "paper", "e80b691291929b19"),
+        ("codiff_paper", "crop", "ea8c7179a0ec0dc9"),
+        ("codiff_code", "paper", "48d86e9669a31d5a"),
+        ("codiff_code", "crop", "d50b82fe27d25383"),
+    ],
+)
 def test_pairs_are_those_of_the_first_version(preset, augmentation, expected):
     """Trainings go on across versions: the pixels of pairs stay, bit by bit. The numbers are the first version's."""
     settings = CropSettings(48, PRESETS[preset], augmentation, downscale=(1.0, 2.0))

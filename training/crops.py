@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from training.degradation import DegradedCrop, Degradation, degrade
+from training.degradation import Degradation, DegradedCrop, degrade
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.crops import CropSettings, draw_pair
-from training.degradation import DegradedCrop, Degradation
+from training.degradation import Degradation, DegradedCrop
 from training.pictures import DECODE_ERRORS, IMAGE_EXTENSIONS, find_images, load_image, scan_images
 from training.shards import shard_of
 

@@ -14,8 +14,8 @@ from typing import Any
 from training.check.findings import Finding
 from training.commands import COMMANDS
 
-_DESCRIPTION = """Check what a training would start with, and write a sheet of training pairs to look at. Every finding is a
-line that says what to do. The options of COMMAND are those that it will be started with.
+_DESCRIPTION = """Check what a training would start with, and write a sheet of training pairs to look at. Every finding
+is a line that says what to do. The options of COMMAND are those that it will be started with.
 
 Examples:
   python -m training check regression --preset starter --data.train my_pictures
@@ -114,9 +114,9 @@ def _check_cost(command: str, config: Any, tell: Callable[[Iterable[Finding]], N
     from training.session import check_crops
 
     processes, run = int(os.environ.get("WORLD_SIZE", "1")), config.run
-    if run.batch % (processes * run.accumulate):
-        text = f"run.batch: expected a multiple of {processes * run.accumulate} (processes x run.accumulate), got {run.batch}."
-        tell([Finding("problem", f"{text} Change one of them.")])
+    if run.batch % (share := processes * run.accumulate):
+        expected = f"expected a multiple of {share} (processes x run.accumulate), got {run.batch}"
+        tell([Finding("problem", f"run.batch: {expected}. Change one of them.")])
     try:
         task = COMMANDS[command].make_task(config)
         check_crops(task.size_multiple, config)

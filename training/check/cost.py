@@ -55,10 +55,10 @@ def measure(task: Task, config: Any, processes: int = 1) -> Cost:
     weights = _size(task.model) + (_size(task.critic) if task.critic is not None else 0)
     pictures = max(1, config.run.batch // (processes * config.run.accumulate))
     activations = _activations(task, config) * pictures * (1.0 if config.run.precision == "no" else _MIXED)
-    stored = sum(trained + states for trained, states in learners)
+    stored = sum(trained + states for trained, states in learners)  # gradients are as large as what is trained
     frozen = _size(task.model) - _size(task.model, trained=True) if task.stores_frozen else 0
     return Cost(
-        memory=int(weights + sum(trained + states for trained, states in learners) + activations * _WORKING),
+        memory=int(weights + stored + activations * _WORKING),
         checkpoint=stored + frozen,
         restorer=sum(tensor.nbytes for tensor in task.tensors().values()) // (2 if config.run.half else 1),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -44,12 +45,12 @@ def find_duplicates(facts: Sequence[PictureFacts]) -> list[list[int]]:
 def _buckets(prints: np.ndarray) -> Iterator[np.ndarray]:
     """Numbers of the pictures that have one part of their fingerprints in common."""
     edges = np.linspace(0, _BITS, _PARTS + 1).astype(int)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         part = (prints >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(part, kind="stable")
         _, starts = np.unique(part[order], return_index=True)
         for bucket in np.split(order, starts[1:]):
-            if 1 < len(bucket):
+            if len(bucket) > 1:
                 yield from (bucket[at : at + _MOST_IN_A_BUCKET] for at in range(0, len(bucket), _MOST_IN_A_BUCKET))
 
 

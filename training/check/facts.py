@@ -150,4 +150,3 @@ def _cosines(count: int, length: int) -> np.ndarray:
 
 
 _COSINES = _cosines(_FREQUENCIES, _HASHED)
-

@@ -91,8 +91,8 @@ def judge_overlap(train: Sequence[PictureFacts], validation: Sequence[PictureFac
         else "remove them from one of the two"
     )  # fmt: skip
     text = (
-        f"{of(len(leaks), len(validation))} for validation are trained on as well {named([f.path for f in leaks])}: the "
-        f"figures will be too good; {advice}."
+        f"{of(len(leaks), len(validation))} for validation are trained on as well {named([f.path for f in leaks])}: "
+        f"the figures will be too good; {advice}."
     )
     return [Finding("warning", text, _names(leaks))]
 
@@ -116,10 +116,9 @@ def _broken(name: str, facts: Sequence[PictureFacts], whole: Sequence[PictureFac
     if not broken:
         return []
     level = "warning" if whole else "problem"
-    text = (
-        f"{name}: {of(len(broken), len(facts))} cannot be decoded, e.g. {broken[0].path} ({broken[0].reason}): "
-        + ("they are left out; get them again or remove them." if whole else "nothing is left; get them again.")
-    )
+    advice = "they are left out; get them again or remove them" if whole else "nothing is left; get them again"
+    example = f"{broken[0].path} ({broken[0].reason})"
+    text = f"{name}: {of(len(broken), len(facts))} cannot be decoded, e.g. {example}: {advice}."
     return [Finding(level, text, _names(broken))]
 
 
@@ -136,8 +135,8 @@ def _small(name: str, facts: Sequence[PictureFacts], expected: Expectation) -> l
         return []
     text = (
         f"{name}: {of(len(small), len(facts))} have a side below {expected.side} pixels, which are cut out of them "
-        f"{named([fact.path for fact in small])}: they are mirrored at their edges, or enlarged with augmentation paper. "
-        "Lower --data.crop, or leave them out."
+        f"{named([fact.path for fact in small])}: they are mirrored at their edges, or enlarged with augmentation "
+        "paper. Lower --data.crop, or leave them out."
     )
     return [Finding("warning", text, _names(small))]
 
@@ -148,7 +147,8 @@ def _compressed(name: str, facts: Sequence[PictureFacts], expected: Expectation)
     poor = [fact for fact in facts if fact.file_quality is not None and fact.file_quality < expected.quality]
     if poor:
         worst = min(fact.file_quality or 0 for fact in poor)
-        findings.append(_poor(name, facts, poor, f"are JPEGs of a quality below {expected.quality:g}, down to {worst:.0f}"))
+        what = f"are JPEGs of a quality below {expected.quality:g}, down to {worst:.0f}"
+        findings.append(_poor(name, facts, poor, what))
     bound = expected.quality - _WORSE_THAN_SEEN
     seen = [fact for fact in facts if fact.seen_quality is not None and fact.seen_quality < bound]
     if seen:
@@ -179,7 +179,7 @@ def _twice(name: str, facts: Sequence[PictureFacts]) -> list[Finding]:
     spare = [facts[number] for group in groups for number in group[1:]]
     example = " and ".join(str(facts[number].path) for number in groups[0][:2])
     text = (
-        f"{name}: {of(len(spare), len(facts))} are there already in another file, e.g. {example}: they are seen more often "
-        "than others; remove them."
+        f"{name}: {of(len(spare), len(facts))} are there already in another file, e.g. {example}: they are seen more "
+        "often than others; remove them."
     )
     return [Finding("warning", text, _names(spare))]

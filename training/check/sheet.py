@@ -77,7 +77,8 @@ def _caption(index: int, drawn: dict[str, Any]) -> str:
         parts.append(drawn["decoder"])
     if first := drawn["first"]:
         resized = f" x{first['scale']:.2f} {first['filter']}" if first["filter"] else ""
-        parts.append(f"before: {first['codec']} {first['quality']} at {first['offset'][0]},{first['offset'][1]}{resized}")
+        place = ",".join(map(str, first["offset"]))
+        parts.append(f"before: {first['codec']} {first['quality']} at {place}{resized}")
     if any(drawn["cut"]):
         parts.append(f"cut at {drawn['cut'][0]},{drawn['cut'][1]}")
     return "; ".join(parts)

@@ -34,8 +34,8 @@ class ShardSettings:
     """How pictures are packed.
 
     Args:
-        encode: `copy` packs the files as they are; `png` and `webp` decode them and store them without loss, upright, in
-            8 bits a channel.
+        encode: `copy` packs the files as they are; `png` and `webp` decode them and store them without loss, upright,
+            in 8 bits a channel.
         shard_mb: Size of a shard by its pictures' files, MB.
         seed: Of the order in which they are packed.
     """

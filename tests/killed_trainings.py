@@ -28,6 +28,7 @@ from training.session import Session
 def main(name: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kill until there were so many kills; each time that the training comes to its end, compare and begin anew."""
     torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
     chance, whole, killed = random.Random(f"{name} {seed}"), folder / "whole", folder / "killed"
     assert _wait(_start(lambda: prepare(folder), folder / "log.txt")) == 0, (folder / "log.txt").read_text()
     began = time.monotonic()
@@ -146,7 +147,8 @@ def _contents(path: Path) -> Any:
     if path.suffix == ".jsonl":
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         figures = [{key: value for key, value in line.items() if not key.startswith("speed/")} for line in lines]
-        return [line for number, line in enumerate(figures) if line not in figures[:number]]  # the last one may be twice
+        # the last validation may be there twice
+        return [line for number, line in enumerate(figures) if line not in figures[:number]]
     file = read_restorer(path)
     training = {key: value for key, value in file.metadata.training.items() if key != "date"}
     return {"config": file.metadata.config, "training": training, "tensors": file.tensors}

@@ -262,9 +262,7 @@ def test_lines_tell_the_speed_and_the_end() -> None:
         now[0] += 2.0
         lines.update(50, 0.5)
     assert len(said) == 2
-    assert re.fullmatch(
-        r"1,750 of 9,000 images, loss 0\.5000, 25\.0 images/s, 5 min left \(about \d\d:\d\d\)", said[0]
-    )
+    assert re.fullmatch(r"1,750 of 9,000 images, loss 0\.5000, 25\.0 images/s, 5 min left \(about \d\d:\d\d\)", said[0])
     assert said[1].startswith("2,500 of 9,000 images") and "4 min left" in said[1]
     shown = [duration(seconds) for seconds in (0, 89, 95, 7100, 7200, 19_190, 180_000, 300_000)]
     assert shown == ["0 s", "89 s", "2 min", "118 min", "2 h 0 min", "5 h 20 min", "2 d 2 h", "3 d 11 h"]

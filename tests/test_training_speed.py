@@ -83,9 +83,9 @@ def test_a_fused_step_is_refused_where_there_is_none() -> None:
     parameter = [torch.nn.Parameter(torch.zeros(2))]
     with pytest.raises(ValueError, match=r"optimizer\.fused, optimizer\.eight_bit: there is no such variant"):
         make_optimizer(parameter, OptimizerConfig(fused=True, eight_bit=True))
-    meta = [torch.nn.Parameter(torch.zeros(2, device="meta"))]
-    with pytest.raises(ValueError, match=r"optimizer\.fused: this device has no such kernel .* Leave the option off"):
-        make_optimizer(meta, OptimizerConfig(fused=True))
+    whole_numbers = [torch.nn.Parameter(torch.zeros(2, dtype=torch.int32), requires_grad=False)]
+    with pytest.raises(ValueError, match=r"optimizer\.fused: there is no such kernel for this device .* Leave the option off"):
+        make_optimizer(whole_numbers, OptimizerConfig(fused=True))
 
 
 @pytest.mark.slow

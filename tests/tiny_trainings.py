@@ -72,8 +72,19 @@ def _saipe(folder: Path, output: Path) -> Any:
     return _shared(config, folder, output, 32)
 
 
+def _codiff(folder: Path, output: Path) -> Any:
+    return _shared(test_training_small.codiff(_beside(folder)), folder, output, 32)
+
+
+def _beside(folder: Path) -> Path:
+    """Where the pictures go that those configurations bring."""
+    beside = folder / "unused"
+    beside.mkdir(exist_ok=True)
+    return beside
+
+
 def _sodiff(folder: Path, output: Path) -> Any:
-    config = test_training_small.sodiff(folder)
+    config = test_training_small.sodiff(_beside(folder))
     config = replace(config, loss=replace(config.loss, adversarial=PromptedAdversarialConfig("dct")))
     return _shared(config, folder, output, 64)
 
@@ -89,7 +100,7 @@ TRAININGS: dict[str, Callable[[Path, Path], Any]] = {
     ),
     "cave": _cave,
     "saipe": _saipe,
-    "codiff": lambda folder, output: _shared(test_training_small.codiff(folder), folder, output, 32),
+    "codiff": _codiff,
     "sodiff": _sodiff,
     "prior": lambda folder, output: _shared(
         replace(PRIOR["starter"], network=test_training_prior.SMALL, any_size=False), folder, output, 16

@@ -41,16 +41,14 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
-def _fused(
-    parameters: list[nn.Parameter], config: OptimizerConfig, settings: dict[str, Any]
-) -> torch.optim.Optimizer:
+def _fused(parameters: list[nn.Parameter], config: OptimizerConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
     if config.eight_bit:
         raise ValueError("optimizer.fused, optimizer.eight_bit: there is no such variant. Leave one of the two off.")
     try:
         return torch.optim.AdamW(parameters, fused=True, **settings)
     except RuntimeError as error:
         raise ValueError(
-            f"optimizer.fused: this device has no such kernel ({str(error).strip()}). Leave the option off."
+            f"optimizer.fused: there is no such kernel for this device ({str(error).strip()}). Leave the option off."
         ) from error
 
 

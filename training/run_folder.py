@@ -155,9 +155,7 @@ class RunFolder:
         with self._writing(self.restorer):
             write_restorer(self.restorer, metadata, tensors)
 
-    def _metadata(
-        self, task: Task, images: int, figures: dict[str, float] | None, run: RunConfig
-    ) -> RestorerMetadata:
+    def _metadata(self, task: Task, images: int, figures: dict[str, float] | None, run: RunConfig) -> RestorerMetadata:
         if figures is None:
             before = _training(self.restorer) or {}
             measured = {key: before[key] for key in ("metrics", "measured_at") if key in before}

@@ -117,7 +117,9 @@ def _countable(config: Any) -> Any:
 def main(arguments: list[str]) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks preset_memory", description=__doc__)
-    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"of {', '.join(COMMANDS)}; all, if none is named")
+    parser.add_argument(
+        "commands", nargs="*", metavar="COMMAND", help=f"of {', '.join(COMMANDS)}; all, if none is named"
+    )
     commands = parser.parse_args(arguments).commands or list(COMMANDS)
     print(f"torch {torch.__version__}, counted\n\n{header('command', 'preset', 'pictures at a time', 'GiB')}")
     for command in commands:

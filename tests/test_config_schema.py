@@ -80,7 +80,7 @@ class TestWithAnIndependentValidator:
 
     @pytest.mark.parametrize(("command", "preset"), _PRESETS)
     def test_every_preset_is_valid(self, command: str, preset: str) -> None:
-        text = to_commented_yaml(command, COMMANDS[command].presets()[preset], "")
+        text = to_commented_yaml(command, preset, COMMANDS[command].presets()[preset])
         assert self.errors(command, yaml.safe_load(text)) == []
 
     def test_mistakes_are_seen(self) -> None:

@@ -70,7 +70,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken" / "scan.png").write_bytes((tmp_path / "pictures/0.png").read_bytes()[:50])
     (tmp_path / "notes.txt").write_text("not a restorer")
     (tmp_path / "sd21-768/scheduler/scheduler_config.json").write_text(
-        json.dumps({"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", "beta_schedule": "scaled_linear"})
+        json.dumps(
+            {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+        )
     )
     write_prior(tmp_path / "prior.safetensors")
     stored = {"command": "driftrec", **to_plain(PRESETS["driftrec"]["starter"])}

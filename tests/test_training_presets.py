@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from training.__main__ import main
+from training.command_line import parse
 from training.commands import COMMANDS
 from training.config_checks import groups, leaves
 from training.config_files import read_config
@@ -41,7 +42,7 @@ def test_every_preset_as_a_commented_file_gives_the_same_configuration_back(
     """Over any other preset, for the file names every field."""
     presets = COMMANDS[command].presets()
     path = tmp_path / "my.yaml"
-    path.write_text(to_commented_yaml(command, presets[preset], "It"), encoding="utf-8")
+    path.write_text(to_commented_yaml(command, preset, presets[preset]), encoding="utf-8")
     for default in presets.values():
         assert read_config(path, default) == presets[preset]
 
@@ -49,7 +50,7 @@ def test_every_preset_as_a_commented_file_gives_the_same_configuration_back(
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_field_is_explained_with_what_it_may_be(command: str) -> None:
     config = COMMANDS[command].presets()["paper"]
-    lines = to_commented_yaml(command, config, "It").splitlines()
+    lines = to_commented_yaml(command, "paper", config).splitlines()
     fields = [number for number, line in enumerate(lines) if re.match(r" *[a-z_0-9]+:( |$)", line)]
     assert len(fields) == len(leaves(config)) + len(groups(config))
     for number in fields:
@@ -64,10 +65,20 @@ def test_every_field_is_explained_with_what_it_may_be(command: str) -> None:
     assert "`cosine` falls to 1% of the learning rate at the end. (one of 'constant', 'cosine') schedule:" in text
 
 
+def test_what_is_left_out_of_the_file_is_as_in_the_preset_by_the_command_in_it(tmp_path: Path) -> None:
+    config = COMMANDS["driftrec"].presets()["starter"]
+    lines = to_commented_yaml("driftrec", "starter", config).splitlines()
+    (words,) = [line.split()[4:] for line in lines if line.startswith("#   python -m training driftrec ")]
+    path = tmp_path / "my.yaml"
+    path.write_text("\n".join(line for line in lines if "width:" not in line and "crop: 64" not in line))
+    _, found = parse("driftrec", [str(path) if word == "my.yaml" else word for word in words[1:]])
+    assert found == config
+
+
 def test_the_file_begins_with_its_schema_and_the_command_that_takes_it() -> None:
-    first, *others = to_commented_yaml("cave", COMMANDS["cave"].presets()["small"], "The preset small").splitlines()
+    first, *others = to_commented_yaml("cave", "small", COMMANDS["cave"].presets()["small"]).splitlines()
     assert first == "# yaml-language-server: $schema=cave.schema.json"
-    assert "#   python -m training cave --config my.yaml" in others[:6]
+    assert "#   python -m training cave --preset small --config my.yaml" in others[:6]
     assert any("python -m training presets schema cave > cave.schema.json" in line for line in others[:6])
 
 
@@ -116,15 +127,14 @@ def test_what_is_said_of_presets_is_said_of_those_that_there_are() -> None:
 
 
 def test_times_are_rough() -> None:
-    assert [in_hours(seconds) for seconds in (5, 240, 3571, 5400, 90_000)] == ["1 min", "4 min", "60 min", "1.5 h", "25 h"]
+    times = {5: "1 min", 240: "4 min", 3571: "60 min", 5400: "1.5 h", 90_000: "25 h"}
+    assert {seconds: in_hours(seconds) for seconds in times} == times
 
 
 def test_one_preset_is_shown(run) -> None:
     status, printed, said = run("show", "driftrec", "starter")
     assert (status, said) == (0, "")
-    assert printed == to_commented_yaml(
-        "driftrec", COMMANDS["driftrec"].presets()["starter"], "The preset starter of driftrec"
-    )
+    assert printed == to_commented_yaml("driftrec", "starter", COMMANDS["driftrec"].presets()["starter"])
     assert run("show", "quality")[1].splitlines()[1].startswith("# The preset paper of quality.")
 
 

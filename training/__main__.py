@@ -35,10 +35,10 @@ _OTHERS = {
     "ablate": _Other("train a method without each of its parts in turn, and compare", "training.ablate"),
 }
 _SECTIONS = {
-    "before": ("prepare", "check"),
+    "before a training": ("prepare", "check"),
     "train": tuple(COMMANDS),
-    "after": ("convert", "evaluate", "restore"),
-    "around": ("presets", "ablate"),
+    "afterwards": ("convert", "evaluate", "restore"),
+    "besides": ("presets", "ablate"),
 }
 
 
@@ -81,7 +81,9 @@ def _unknown(command: str) -> str:
     known = [name for names in _SECTIONS.values() for name in names]
     near = difflib.get_close_matches(command.lower(), known, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(known)}."
-    return f"training: expected a command of the list, got {command!r}. {hint} `python -m training` says what each does."
+    return (
+        f"training: expected a command of the list, got {command!r}. {hint} `python -m training` says what each does."
+    )
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -43,7 +43,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[bool, Any]:
     given = given_in_file(own.config, default, problems) if own.config is not None else []
     if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in arguments):
         _help(command, put_in(default, given, []), presets, arguments)
-    given += given_in_options(others, default, problems)
+    given += given_in_options(others, default, problems, given)
     config = put_in(default, given, problems)
     if problems:
         raise config_error(problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ def leaves(config: Any, above: Names = ()) -> dict[Names, Any]:
 def groups(config: Any) -> list[Names]:
     """Every group of fields in a configuration."""
     return list(dict.fromkeys(names[:depth] for names in leaves(config) for depth in range(1, len(names))))
+
+
+def value_of(config: Any, names: Names) -> Any:
+    """What a configuration has for a field."""
+    return functools.reduce(getattr, names, config)
 
 
 def put_in(config: T, given: Sequence[Given], problems: list[str]) -> T:

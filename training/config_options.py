@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from training.config_checks import Given, Names, groups, leaves, unknown_name
+from training.config_checks import Given, Names, groups, leaves, unknown_name, value_of
 from training.config_values import WRONG, convert_words, wrong_value
 
 
@@ -28,48 +29,65 @@ def split_options(arguments: Sequence[str]) -> list[Option]:
     return found[0 if found[0].words else 1 :]
 
 
-def given_in_options(options: Iterable[Option], config: Any, problems: list[str]) -> list[Given]:
+def given_in_options(
+    options: Iterable[Option], config: Any, problems: list[str], before: Sequence[Given] = ()
+) -> list[Given]:  # fmt: skip
     """What options give for a configuration.
 
     Args:
         options: Names with dots between groups and hyphens between words; underscores will do. Of a switch `x.y`,
-            `--x.y` is true and `--x.no-y` false.
-        config: The configuration that they are for, for names and types.
+            `--x.y` is true and `--x.no-y` false. Of names with numbers `x.y`, `--x.y.a 1` changes that of a.
+        config: The configuration that they are for, for names, types and those numbers.
         problems: Takes a sentence for every option that is wrong by itself.
+        before: What was given by then, and is kept where options change a part of it.
     """
-    kinds = leaves(config)
-    found = (_given(option, config, kinds, problems) for option in options)
-    return [one for one in found if one is not None]
+    reader, found = _Reader(config, problems), list(before)
+    for option in options:
+        given = reader.given(option, found)
+        found += [] if given is None else [given]
+    return found[len(before) :]
 
 
-def _given(option: Option, config: Any, kinds: dict[Names, Any], problems: list[str]) -> Given | None:
-    names = tuple(option.name.removeprefix("--").replace("-", "_").split("."))
-    if not option.name:
-        problems.append(f"{' '.join(option.words)}: expected options, which begin with --")
-    elif names in kinds:
-        value = convert_words(kinds[names], option.words)
-        if value is not WRONG:
-            return Given(names, value, option.name)
-        problems.append(f"{option.name}: {wrong_value(kinds[names], option.words)}")
-    elif (switch := _switched_off(names)) in kinds and kinds[switch] is bool:
-        if not option.words:
-            return Given(switch, False, option.name)
-        problems.append(f"{option.name}: expected nothing after it, got {' '.join(option.words)!r}")
-    elif names in groups(config):
-        problems.append(f"{option.name}: a group of options: {', '.join(_below(names, kinds))}")
-    else:
-        problems.append(f"{option.name}: unknown option, {unknown_name(names, config, written)}")
-    return None
+class _Reader:
+    """Reads options for one configuration."""
+
+    def __init__(self, config: Any, problems: list[str]) -> None:
+        self.config, self.problems, self.kinds = config, problems, leaves(config)
+
+    def given(self, option: Option, before: Sequence[Given]) -> Given | None:
+        names, words = tuple(option.name.removeprefix("--").replace("-", "_").split(".")), option.words
+        switch = (*names[:-1], names[-1].removeprefix("no_"))
+        if not option.name:
+            return self._wrong(" ".join(words), "expected options, which begin with --")
+        if names in self.kinds:
+            return self._converted(option, names, self.kinds[names])
+        if self.kinds.get(switch) is bool:
+            nothing = f"expected nothing after it, got {' '.join(words)!r}"
+            return self._wrong(option.name, nothing) if words else Given(switch, False, option.name)
+        if typing.get_origin(self.kinds.get(names[:-1])) is dict:
+            return self._entry(option, names, before)
+        if names in groups(self.config):
+            below = [written(field) for field in self.kinds if field[: len(names)] == names]
+            return self._wrong(option.name, f"a group of options: {', '.join(below)}")
+        return self._wrong(option.name, f"unknown option, {unknown_name(names, self.config, written)}")
+
+    def _entry(self, option: Option, names: Names, before: Sequence[Given]) -> Given | None:
+        """One of several names with numbers, beside the others."""
+        field, kind = names[:-1], typing.get_args(self.kinds[names[:-1]])[1]
+        entry = self._converted(option, field, kind)
+        present = next((one.value for one in reversed(before) if one.names == field), value_of(self.config, field))
+        return entry and Given(field, {**present, names[-1]: entry.value}, option.name)
+
+    def _converted(self, option: Option, names: Names, kind: Any) -> Given | None:
+        value = convert_words(kind, option.words)
+        if value is WRONG:
+            return self._wrong(option.name, wrong_value(kind, option.words))
+        return Given(names, value, option.name)
+
+    def _wrong(self, option: str, what: str) -> None:
+        self.problems.append(f"{option}: {what}")
 
 
 def written(names: Names) -> str:
     """A field as an option."""
     return "--" + ".".join(names).replace("_", "-")
-
-
-def _switched_off(names: Names) -> Names:
-    return (*names[:-1], names[-1].removeprefix("no_"))
-
-
-def _below(group: Names, kinds: Iterable[Names]) -> list[str]:
-    return [written(names) for names in kinds if names[: len(group)] == group]

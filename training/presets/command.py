@@ -52,8 +52,7 @@ def _shown(names: list[str]) -> str:
     from training.presets.commented import to_commented_yaml
 
     command, preset = _found(names)
-    origin = f"The preset {preset} of {command}"
-    return to_commented_yaml(command, COMMANDS[command].presets()[preset], origin)
+    return to_commented_yaml(command, preset, COMMANDS[command].presets()[preset])
 
 
 def _schema(names: list[str]) -> str:

@@ -19,21 +19,22 @@ from training.presets.descriptions import describe_class, describe_fields
 _WIDTH = 100
 
 
-def to_commented_yaml(command: str, config: Any, origin: str) -> str:
+def to_commented_yaml(command: str, preset: str, config: Any) -> str:
     """YAML that `read_config` takes, with a comment above each field: what it is, in which unit, and what it may be.
 
     Args:
         command: What the configuration trains.
-        config: The configuration.
-        origin: Where it comes from, for its first lines.
+        preset: The preset that it is.
+        config: Its configuration.
     """
     head = [
         f"# yaml-language-server: $schema={schema_name(command)}",
-        f"# {origin}. Change what you like, leave out what you do not change, and run it:",
-        f"#   python -m training {command} --config my.yaml",
-        "# Options come after the file and win: --run.output runs/another --run.batch 8",
-        "# For editors that complete and check (the first line): "
-        f"python -m training presets schema {command} > {schema_name(command)}",
+        f"# The preset {preset} of {command}. Change what you like, and run it:",
+        f"#   python -m training {command} --preset {preset} --config my.yaml",
+        "# What is left out is as in that preset; options win over the file, e.g. --run.batch 8.",
+        "# For editors that complete and check, by the first line:",
+        f"#   python -m training presets schema {command} > {schema_name(command)}",
+        "#",
         *_comment(describe_class(type(config)), ""),
     ]
     return "\n".join([*head, *_lines(config, "")]) + "\n"

@@ -5,26 +5,27 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import re
 import textwrap
 
 _ARGUMENT = re.compile(r"^    (\w+): (.*)$")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def describe_class(kind: type) -> str:
     """The first paragraph of a class's documentation, on one line."""
     return _one_line((inspect.getdoc(kind) or "").split("\n\n")[0])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def describe_fields(kind: type) -> dict[str, str]:
     """Field -> what it is, on one line. Fields that nothing is said of are left out."""
     (found,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     body = found.body if isinstance(found, ast.ClassDef) else []
     below = {
         field.target.id: _one_line(text.value.value)
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
     }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import NamedTuple
 NOTES = {
     "a": "counted from the shapes of all tensors that are alive at once in a step; CUDA itself adds one or two GiB",
     "b": "the same, with its batch in four parts (--run.accumulate 4) or on four cards",
-    "c": "at the images/s of the shipped starters' trainings on two CPU cores (AMD EPYC); codiff, sodiff: two processes",
+    "c": "at the images/s of the starters' own trainings, on two CPU cores (AMD EPYC)",
 }
 """Mark -> where a number comes from."""
 

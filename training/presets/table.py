@@ -14,7 +14,7 @@ _UNKNOWN = "-"
 
 def make_table() -> str:
     """One row a preset, and where its numbers come from; a dash is a number that nobody counted or measured."""
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for command, row in COMMANDS.items():
         for number, (preset, config) in enumerate(row.presets().items()):
             rows.append(("" if number else command, preset, *_cells(config, KNOWN.get((command, preset), Known("")))))
@@ -47,7 +47,7 @@ def _notes() -> list[str]:
         f"{_UNKNOWN}: neither counted nor measured.",
         *(f"{mark}: {said}." for mark, said in NOTES.items()),
         "",
-        "python -m training presets show COMMAND PRESET > my.yaml   writes one as a file to edit",
-        "python -m training COMMAND --config my.yaml                trains it",
-        "python -m training COMMAND --preset PRESET                 trains it as it is",
+        "python -m training COMMAND --preset PRESET                     trains it as it is",
+        "python -m training presets show COMMAND PRESET > my.yaml       writes it as a file to edit",
+        "python -m training COMMAND --preset PRESET --config my.yaml    trains what is in the file",
     ]

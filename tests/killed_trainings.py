@@ -41,14 +41,13 @@ def main(name: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
         output = killed / str(rounds)
         while not problems:
             process = _start(lambda output=output: _train(name, folder, output), folder / "log.txt")
-            if done < kills and _kill(process, output, duration, chance):
-                done += 1
-                inside += bool(_parts(output))
-                problems += _broken(output)
-                continue
-            if (status := _wait(process)) != 0:
+            status = _kill(process, output, duration, chance) if done < kills else _wait(process)
+            if status == 0:
+                break
+            done, inside = done + 1, inside + bool(_parts(output))
+            problems += _broken(output)
+            if status != -signal.SIGKILL:
                 problems.append(f"status {status}: {(folder / 'log.txt').read_text()[-3000:]}")
-            break
         problems += _differences(whole, output)
     return {"kills": done, "inside": inside, "rounds": rounds, "seconds": round(duration, 1), "problems": problems}
 
@@ -80,8 +79,8 @@ def _wait(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def _kill(process: int, output: Path, duration: float, chance: random.Random) -> bool:
-    """Kill it at a random time, or while a file is being written; False where it was done before."""
+def _kill(process: int, output: Path, duration: float, chance: random.Random) -> int:
+    """Kill it at a random time, or while a file is being written; its exit status, 0 where it was done before."""
     parts = chance.randrange(1, 14) if chance.random() < 0.6 else None
     deadline, seen, present = time.monotonic() + chance.uniform(0, duration), 0, set()
     while parts is not None or time.monotonic() < deadline:
@@ -92,10 +91,10 @@ def _kill(process: int, output: Path, duration: float, chance: random.Random) ->
                 break
         ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is not None:
-            return False
+            break
         time.sleep(0.0003)
     os.kill(process, signal.SIGKILL)
-    return _wait(process) == -signal.SIGKILL
+    return _wait(process)
 
 
 def _parts(output: Path) -> list[str]:

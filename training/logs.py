@@ -94,10 +94,11 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, images: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event: Any = Event
+        self._events: Any = event_pb2  # made at run time: type checkers do not see what is in them
+        self._summaries: Any = summary_pb2
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() / 1e9:017.6f}.{socket.gethostname()}.{os.getpid()}"
         self.where = str(folder / name)
@@ -105,14 +106,13 @@ class TensorBoard:
         self._records = RecordWriter(self._file)
         self._flushed = time.monotonic()
         self._add(file_version="brain.Event:2")
-        self._add(step=images + 1 if images else 0, session_log=SessionLog(status=SessionLog.START))
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._add(step=images + 1 if images else 0, session_log=start)
         self._file.flush()
 
     def figures(self, images: int, values: dict[str, float]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        numbers = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
-        self._add(step=images, summary=Summary(value=numbers))
+        numbers = [self._summaries.Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._add(step=images, summary=self._summaries.Summary(value=numbers))
 
     def picture(self, images: int, name: str, picture: Tensor) -> None:
         from torch.utils.tensorboard.summary import image
@@ -120,7 +120,7 @@ class TensorBoard:
         self._add(step=images, summary=image(name, picture.detach().cpu(), dataformats="CHW"))
 
     def _add(self, **fields: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.write(self._events.Event(wall_time=time.time(), **fields).SerializeToString())
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._file.flush()
             self._flushed = time.monotonic()

@@ -238,5 +238,5 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return self.stop_asked, late
         said = [int(self.stop_asked), int(late and self.accelerator.is_main_process)]
-        stop, late_for_all = self.accelerator.reduce(torch.tensor(said, device=self.accelerator.device), "sum").tolist()
-        return bool(stop), bool(late_for_all)
+        heard: Any = self.accelerator.reduce(torch.tensor(said, device=self.accelerator.device), "sum")
+        return bool(heard[0]), bool(heard[1])

@@ -44,12 +44,15 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
 def _fused(parameters: list[nn.Parameter], config: OptimizerConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
     if config.eight_bit:
         raise ValueError("optimizer.fused, optimizer.eight_bit: there is no such variant. Leave one of the two off.")
+    probe = torch.zeros(1, device=parameters[0].device, dtype=parameters[0].dtype)
+    probe.grad = torch.zeros_like(probe)
     try:
-        return torch.optim.AdamW(parameters, fused=True, **settings)
+        torch.optim.AdamW([probe], fused=True).step()  # it is the first step that asks for the kernel
     except RuntimeError as error:
         raise ValueError(
             f"optimizer.fused: there is no such kernel for this device ({str(error).strip()}). Leave the option off."
         ) from error
+    return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
 def learning_rate(config: OptimizerConfig, images: int, batch: int, total: int) -> float:
@@ -73,7 +76,7 @@ class Learner:
         self.module, self.config, self.store_frozen = module, config, store_frozen
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config)
-        self.wrapped = module
+        self.wrapped: Any = module
         self.spread = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,7 +101,7 @@ class Learner:
     def _with_own_settings(self, stored: dict[str, Any]) -> dict[str, Any]:
         present = self.optimizer.state_dict()["param_groups"]
         groups = [
-            {**then, **{key: value for key, value in now.items() if key != "params"}}
+            {**then, **{key: value for key, value in now.items() if key not in ("params", "lr")}}
             for now, then in zip(present, stored["param_groups"], strict=True)
         ]
         return {**stored, "param_groups": groups}
@@ -120,7 +123,7 @@ class Learner:
         if self.spread:
             spread_frozen(blocks)
         wrapped: nn.Module = accelerator.prepare_model(self.module, evaluation_mode=self.spread)
-        self.wrapped = torch.compile(wrapped) if run.compile else wrapped  # type: ignore[assignment]
+        self.wrapped = torch.compile(wrapped) if run.compile else wrapped
 
     def begin(self, rate: float) -> None:
         """Before a step: training mode, no gradients, the learning rate."""

@@ -75,6 +75,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
     )
     write_prior(tmp_path / "prior.safetensors")
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
     stored = {"command": "driftrec", **to_plain(PRESETS["driftrec"]["starter"])}
     (tmp_path / "runs/theirs/config.json").write_text(json.dumps(stored))
     write_checkpoint(tmp_path / "runs/theirs/checkpoint.pt", {"images": 480})
@@ -118,16 +119,21 @@ def failing(error: BaseException) -> Callable[[pytest.MonkeyPatch], None]:
 SIMULATED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "27": lambda monkeypatch: without(monkeypatch, "accelerate", "training.session"),
     "28": lambda monkeypatch: without(monkeypatch, "bitsandbytes"),
-    "29": failing(
+    "30": failing(
         torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.20 GiB "
             "is free. Of the allocated memory 5.90 GiB is allocated by PyTorch."
         )
     ),
-    "30": failing(RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")),
-    "31": failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/starter-driftrec/stats.jsonl")),
+    "31": failing(RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")),
+    "32": failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/starter-driftrec/stats.jsonl")),
 }
 """Number -> what makes it happen where the machine does not."""
+
+
+def _warnings(printed: str) -> str:
+    """What `check` warns of, beside what it notes."""
+    return "\n".join(line for line in printed.splitlines() if line.startswith(("warning: ", "problem: ")))
 
 
 def matches(said: str, expected: str) -> bool:
@@ -145,10 +151,11 @@ def test_the_command_says_what_is_written(
     before = sorted(path for path in world.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["training", *mistake.command])
     assert main() == mistake.status
-    said = capsys.readouterr().err.strip()
+    printed = capsys.readouterr()
+    said = printed.err.strip() if mistake.status else _warnings(printed.out)
     assert matches(said, mistake.said), said
     assert mistake.said and "Traceback" not in said
-    if mistake.title.split(".")[0] not in ("14", "19", "20", "23", "24", "28"):
+    if mistake.status and mistake.title.split(".")[0] not in ("14", "24", "28"):
         assert sorted(path for path in world.rglob("*")) == before, "something was written"
 
 
@@ -156,6 +163,16 @@ def test_the_document_has_the_mistakes_that_people_make() -> None:
     titles = " ".join(mistake.title.lower() for mistake in MISTAKES)
     assert len(MISTAKES) >= 20
     assert [mistake.title.split(".")[0] for mistake in MISTAKES] == [str(n + 1) for n in range(len(MISTAKES))]
-    for word in ("typo", "path", "without pictures", "cannot be read", "base model", "memory", "disk", "package"):
-        assert word in titles
-    assert {mistake.status for mistake in MISTAKES} == {1, 2}
+    expected = (
+        "typo",
+        "path",
+        "without pictures",
+        "cannot be read",
+        "too small",
+        "base model",
+        "memory",
+        "disk",
+        "package",
+    )
+    assert [words for words in expected if words not in titles] == []
+    assert {mistake.status for mistake in MISTAKES} == {0, 1, 2}

@@ -77,7 +77,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint ({error}). Remove it to start anew.") from error
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is not a whole checkpoint ({reason}). Remove it to start anew.") from error
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:

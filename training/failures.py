@@ -41,8 +41,8 @@ def explain(error: BaseException, command: str, *, trains: bool) -> Ending | Non
         return Ending(f"out of memory{_tried(error)}. {_lower(command, trains=trains)}", NO_ROOM)
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and _IN_WORKER not in str(error):
         return Ending(
-            f"a process that prepares pictures was ended from outside ({_said(error)}). Most often the main memory is "
-            "used up: lower --data.workers or --data.cache-mb.", NO_ROOM,
+            f"a process that prepares pictures was ended from outside ({_said(error).rstrip('.')}). Most often the "
+            "main memory is used up: lower --data.workers or --data.cache-mb.", NO_ROOM,
         )  # fmt: skip
     if isinstance(error, ImportError):
         return _missing_package(error)

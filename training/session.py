@@ -11,11 +11,11 @@ from accelerate import PartialState
 from torch import nn
 
 from restoration.devices import accelerator_available
-from restoration.restorer_file import read_restorer
 from training.checkpoint import read_checkpoint
 from training.commands import COMMANDS
 from training.config_files import to_yaml
 from training.data import PairDataset, find_images, scan_images
+from training.given_files import read_given
 from training.logs import import_wandb
 from training.loop import Trainer
 from training.run_folder import RunFolder, check_same_run
@@ -66,8 +66,9 @@ class Session:
         if self.resuming:
             self._say(f"--run.init-from {path} is not used again: the run goes on from its checkpoint")
             return
+        file = read_given(path, "--run.init-from")
         try:
-            self.task.load(read_restorer(path).tensors)
+            self.task.load(file.tensors)
         except ValueError as error:
             raise ValueError(f"--run.init-from {path}: {str(error).removeprefix(f'{path.name}: ')}") from error
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from restoration.networks.dct_codec import DCTCodec
 from restoration.networks.small_unet import SmallUNetConfig
-from restoration.restorer_file import RestorerFileError, load_part, read_restorer
+from restoration.restorer_file import RestorerFileError, load_part
 from restoration.restorers import DCT_SMALL
 from restoration.tiling import crop_to, pad_to_multiple
 from training.backbone import DCTModel, make_unet
 from training.discriminators import discriminator_loss, generator_loss
+from training.given_files import read_given
 from training.latent_critic import DCTCritic
 from training.losses import make_perceptual, pixel_loss
 from training.trainers.one_step import Restored, Seen, check_crop, quality_error
@@ -148,6 +149,6 @@ def take_backbone(backbone: DCTModel, path: Path) -> None:
     Raises:
         RestorerFileError: It has none of this shape.
     """
-    file = read_restorer(path)
+    file = read_given(path, "--unet-from")
     load_part(backbone.network, file, "unet")
     load_part(backbone.codec, file, "codec")

@@ -95,10 +95,15 @@ def test_the_share_of_neighbours_of_the_same_quality() -> None:
     pointing = np.stack([directions[look.quality] + 0.01 * look.picture for look in looks])
     assert same_quality_share(looks, pointing) == 1
     own = np.stack([directions[(look.quality + look.picture) % 3] for look in looks])
-    by_hand = np.mean([
-        np.mean([other.quality == look.quality for other in looks
-                 if other.picture != look.picture and (other.quality + other.picture - look.quality - look.picture) % 3 == 0])
+
+    def at(look: Look) -> int:
+        return (look.quality + look.picture) % 3
+
+    alike = [
+        [other.quality == look.quality for other in looks
+         if other.picture != look.picture and at(other) == at(look)]
         for look in looks
-    ])  # fmt: skip
+    ]  # fmt: skip
+    by_hand = np.mean([np.mean(row) for row in alike])
     assert by_hand == pytest.approx(0.2)
     assert same_quality_share(looks, own) < 0.5

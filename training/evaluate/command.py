@@ -106,15 +106,11 @@ def _runner(
     return Runner(sources, options.subsampling, metrics, store, examples, loading)
 
 
-def _add_rows(
-    results: Results, runner: Runner, parts: Sequence[Part], names: Sequence[str], subsampling: str
-) -> None:
+def _add_rows(results: Results, runner: Runner, parts: Sequence[Part], names: Sequence[str], subsampling: str) -> None:
     for part in parts:
         results.rows += runner.rows(part)
         results.lines += runner.lines(part)
-        results.published[part.protocol] = [
-            to_plain(row) for row in published_rows(part.protocol, names, subsampling)
-        ]
+        results.published[part.protocol] = [to_plain(row) for row in published_rows(part.protocol, names, subsampling)]
     results.left_out += runner.left_out.items()
 
 

@@ -115,7 +115,6 @@ class Examples:
         return difference if self.metric.better == "higher" else -difference
 
 
-
 def _place(system: str, condition: str) -> Path:
     return Path(system) / re.sub(r"[^0-9A-Za-z]+", "-", condition)
 

@@ -41,14 +41,17 @@ PICTURE_PROTOCOLS = {
         "rate",
     ),
     "samplers": Protocol(
-        "Samplers", "The same restorer, sampled in other ways (DriftRec, Table VI). Evaluations are of the network, for "
-        "a whole picture.", None,
+        "Samplers",
+        "The same restorer, sampled in other ways (DriftRec, Table VI). Evaluations are of the network, for a whole "
+        "picture.",
+        None,
     ),
     "averaging": Protocol(
-        "Averages of samples", "Means of several restorations: closer to the original, and smoother (DriftRec, Fig. 7).",
+        "Averages of samples",
+        "Means of several restorations: closer to the original, and smoother (DriftRec, Fig. 7).",
         "value",
     ),
-}  # fmt: skip
+}
 """Protocols that measure restored pictures."""
 SEEING_PROTOCOLS = ("quality", "embeddings")
 """Protocols that ask what networks see in compressed pictures."""

@@ -185,4 +185,3 @@ def _value(metric: Metric, image: Tensor, clean: Tensor | None) -> float | None:
         return metric.measure(image, clean)
     except NotMeasuredError:
         return None
-

@@ -75,7 +75,8 @@ def map_embeddings(
             )
         points = _flat_map(vectors, options.settings.seed)
         maps.append({
-            "restorer": restorer.label, "same_quality": same_quality_share(looks, vectors), "chance": 1 / len(qualities),
+            "restorer": restorer.label, "same_quality": same_quality_share(looks, vectors),
+            "chance": 1 / len(qualities),
             "points": [
                 {"x": float(x), "y": float(y), "quality": look.quality, "picture": sources[look.picture].name}
                 for (x, y), look in zip(points, looks, strict=True)

@@ -99,7 +99,7 @@ def _published(
             continue
         cells = [f"<td>{escape(condition)}</td><td>{escape(row['method'])} ({escape(row['source'])})</td>"]
         cells += [
-            f"<td class=number>{values[metric.name] if metric.name in values else ''}</td>" for metric in metrics
+            f"<td class=number>{values.get(metric.name, "")}</td>" for metric in metrics
         ]  # fmt: skip
         cells.append("<td></td>" * (columns - 2 - len(metrics)))
         yield f"<tr class=published>{''.join(cells)}</tr>"
@@ -149,8 +149,8 @@ def _pictures(results: Results, examples_of: ExamplesOf, chosen_by: MetricFacts 
         return ""
     by = f" The worst are those that {escape(chosen_by.label)} improves least." if chosen_by else ""
     return (
-        "<section><h2>Pictures</h2><p>Left of the line the JPEG, right of it the restoration; drag to move it, and hold "
-        f"<i>original</i> to compare.{by} Large pictures show their middle.</p>{''.join(parts)}</section>"
+        "<section><h2>Pictures</h2><p>Left of the line the JPEG, right of it the restoration; drag to move it, and "
+        f"hold <i>original</i> to compare.{by} Large pictures show their middle.</p>{''.join(parts)}</section>"
     )
 
 

@@ -68,7 +68,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"seed must not be negative and shuffle_shards at least 1, got {seed} and {shuffle_shards}"
             )
-        self.settings = CropSettings(crop, degradation, augmentation, flips, rotations, tuple(downscale))
+        self.settings = CropSettings(crop, degradation, augmentation, flips, rotations, (downscale[0], downscale[1]))
         self.paths = list(paths)
         self.crop = crop
         self.degradation = degradation

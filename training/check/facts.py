@@ -21,8 +21,8 @@ from training.shards import open_member
 ESTIMATOR = Path(__file__).parents[2] / "weights" / "starter-quality.safetensors"
 """Tells the JPEG quality of pixels."""
 _BLOCK, _GRID = 8, 16
-_SEEN = 384
-"""Side of the square in the middle that is looked at for traces of compression, pixels."""
+_SEEN, _LEAST_SEEN = 384, 128
+"""Side of the square in the middle that is looked at for traces of compression, pixels; and the least for a network."""
 _THUMBNAIL = 16
 _HASHED, _FREQUENCIES = 32, 8
 
@@ -65,14 +65,16 @@ def look_at(path: Path) -> PictureFacts:
             pixels = upright_rgb(opened)
     except DECODE_ERRORS as error:
         return PictureFacts(path, f"{type(error).__name__}: {error}")
+    middle = _middle(pixels)
+    steps, grid = find_grid(middle)
     return PictureFacts(
         path,
         None,
         pixels.shape[1],
         pixels.shape[0],
         None if tables is None else _file_quality(tables),
-        _seen_quality(pixels) if tables is None else None,
-        grid_steps(_middle(pixels)),
+        _seen_quality(middle, grid) if tables is None else None,
+        steps,
         fingerprint(pixels),
         np.asarray(Image.fromarray(pixels).resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)).tobytes(),
     )
@@ -82,15 +84,14 @@ def _file_quality(tables: dict[int, list[int]]) -> float:
     return estimate_quality([torch.tensor(tables[number]).reshape(8, 8) for number in sorted(tables)[:2]]).quality
 
 
-def _seen_quality(pixels: np.ndarray) -> float | None:
-    if min(pixels.shape[:2]) < 128:
-        return None
+def _seen_quality(pixels: np.ndarray, grid: tuple[int, int]) -> float | None:
+    """What the shipped network says, of what begins where the grid does, as it was trained on."""
     estimator = _estimator()
-    if estimator is None:
+    if estimator is None or min(pixels.shape[:2]) < _LEAST_SEEN:
         return None
-    images = torch.from_numpy(_middle(pixels).astype(np.float32) / 255).permute(2, 0, 1)[None]
+    aligned = pixels[grid[0] :, grid[1] :].astype(np.float32) / 255
     with torch.no_grad():
-        return float(estimator.network(images)[0])
+        return float(estimator.network(torch.from_numpy(aligned).permute(2, 0, 1)[None])[0])
 
 
 @cache
@@ -112,24 +113,28 @@ def _middle(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels[top : top + _SEEN, left : left + _SEEN])
 
 
-def grid_steps(pixels: np.ndarray) -> float:
-    """Mean absolute difference of neighbours across the strongest of the eight places of an 8x8 grid, over the median
-    of the other seven; of the two directions the one with less of it, for a JPEG has both.
+def find_grid(pixels: np.ndarray) -> tuple[float, tuple[int, int]]:
+    """How visible an 8x8 grid is, and where it begins: row and column, 0 to 7.
+
+    The absolute difference of neighbours across the strongest of the eight places, over the median of the other seven;
+    of the two directions, and of mean and median over the picture, the one with less of it.
 
     Args:
         pixels: (H, W, 3), uint8. Pictures with less than 32 pixels a side give 1.
     """
     if min(pixels.shape[:2]) < 4 * _BLOCK:
-        return 1.0
+        return 1.0, (0, 0)
     luma = pixels.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    ratios = []
-    for plane in (luma, luma.T):
+    ratios, places = [], []
+    for plane in (luma.T, luma):
         steps = np.minimum(np.abs(np.diff(plane, axis=1)), 32).mean(axis=0)  # edges of things weigh no more than this
-        by_place = np.array([steps[place::_BLOCK].mean() for place in range(_BLOCK)])
-        strongest = int(by_place.argmax())
-        others = float(np.median(np.delete(by_place, strongest)))
-        ratios.append(float(by_place[strongest]) / others if others > 0.05 else 1.0)
-    return min(ratios)
+        for typical in (np.median, np.mean):  # the edges of windows and text are in few columns, a grid is in all
+            by_place = np.array([typical(steps[place::_BLOCK]) for place in range(_BLOCK)])
+            strongest = int(by_place.argmax())
+            others = float(np.median(np.delete(by_place, strongest)))
+            ratios.append(float(by_place[strongest]) / others if others > 0.05 else 1.0)
+        places.append((strongest + 1) % _BLOCK)
+    return min(ratios), (places[0], places[1])
 
 
 def fingerprint(pixels: np.ndarray) -> int:

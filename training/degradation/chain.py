@@ -140,4 +140,4 @@ def _resized(image: np.ndarray, size: tuple[int, int], name: str | None) -> np.n
     """The picture in (rows, columns), by one of Pillow's filters; itself where it has that size."""
     if image.shape[:2] == size or name is None:
         return image
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling[name.upper()]))
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling[name.upper()]))

@@ -274,6 +274,8 @@ def test_models_are_looked_for_in_folders_and_in_the_hubs_cache(tmp_path: Path, 
     (base / "scheduler").mkdir()
     (base / "unet" / "a.safetensors").touch()
     assert weights.check_weights(parse("codiff", [*asked, "--base.path", str(base)])[1]) == []
+    said = [finding.text for finding in weights.check_weights(parse("codiff", ["--base.path", str(base)])[1])]
+    assert len(said) == 2 and said[0].startswith("cave: no first stage") and "--loss.perceptual.dists" in said[1]
     (finding,) = weights.check_weights(parse("codiff", [*asked, "--base.path", "nobody/nothing-of-this-name"])[1])
     assert finding.level == "warning" and "will be downloaded" in finding.text
     (finding,) = weights.check_weights(parse("codiff", [*asked, "--base.path", str(tmp_path / "absent")])[1])

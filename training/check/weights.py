@@ -20,6 +20,7 @@ def check_weights(config: Any) -> list[Finding]:
         for name, path in _paths(config)
         if name not in _WRITTEN and not path.exists()
     ]
+    findings += [Finding("problem", text) for text in _unsaid(config)]
     for name, path, parts in _pretrained(config):
         findings += _folder(name, path, parts) if Path(path).is_dir() else _hub(name, path, parts)
     return findings
@@ -47,6 +48,21 @@ def _pretrained(config: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
             yield "loss.adversarial.sdxl", config.loss.adversarial.sdxl, ("unet",)
     if getattr(config, "align", None) == "text":
         yield "text_encoder.path", config.text_encoder.path, ("text_encoder", "tokenizer")
+
+
+def _unsaid(config: Any) -> Iterator[str]:
+    """What is needed to adapt a base model and was not given; its trainer says so only after it has loaded the base."""
+    if not adapts_base(config):
+        return
+    for name in ("cave", "saipe"):
+        if getattr(config, name, "") is None:
+            yield f"{name}: no first stage is given. Train one (python -m training {name}), and give --{name} its file."
+    perceptual = config.loss.perceptual
+    if perceptual.kind != "none" and getattr(perceptual, perceptual.kind) is None:
+        yield (
+            f"loss.perceptual.{perceptual.kind}: no weights of {perceptual.kind.upper()} are given. Give "
+            f"--loss.perceptual.{perceptual.kind} their file, or --loss.perceptual.kind none."
+        )
 
 
 def _folder(name: str, path: str, parts: tuple[str, ...]) -> list[Finding]:

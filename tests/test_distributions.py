@@ -11,7 +11,7 @@ from skimage import data
 
 from training.evaluate.distributions import fid, frechet_distance, kid, polynomial_mmd
 from training.evaluate.inception import InceptionFeatures, load_inception
-from training.evaluate.metrics import NotMeasuredError
+from training.evaluate.metrics import MetricFiles, NotMeasuredError, find_metrics
 
 
 def two_sets(count, other, size, seed=0):
@@ -19,7 +19,7 @@ def two_sets(count, other, size, seed=0):
     generator = np.random.default_rng(seed)
     mixing = generator.normal(size=(size, size)) / np.sqrt(size)
     first, second = (generator.normal(size=(rows, size)) for rows in (count, other))
-    return np.maximum(first @ mixing, 0), np.maximum(0.9 * second @ mixing + 0.2, 0)
+    return np.maximum(first @ mixing, 0), np.maximum(0.7 * second @ mixing + 0.6, 0)
 
 
 def covariance(size, seed, rank=None):
@@ -111,16 +111,20 @@ def test_sets_that_do_not_fit_are_refused():
         frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
 
 
-PACKAGES = {"torch-fidelity": (0.0, 0.0), "pytorch-fid": (0.0, None), "pyiqa": (0.0, 0.0)}
+OTHERS = {
+    "torch-fidelity 0.4.0": (4.753785965672481, 0.46152113747944323),
+    "pytorch-fid 0.3.0": (4.753785965672481, None),
+    "pyiqa 0.1.16": (4.753785965672481, 0.4615211374794436),
+}
+"""FID and KID (one subset of all) that these packages have for `two_sets(60, 60, 32)`."""
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", OTHERS)
 def test_random_features_have_the_values_of_other_packages(package):
-    expected_fid, expected_kid = PACKAGES[package]
+    expected_fid, expected_kid = OTHERS[package]
     x, y = two_sets(60, 60, 32)
-    assert fid(x, y) == pytest.approx(expected_fid, rel=1e-6)
-    if expected_kid is not None:
-        assert kid(x, y) == pytest.approx(expected_kid, rel=1e-6)
+    assert fid(x, y) == pytest.approx(expected_fid, rel=1e-9)
+    assert expected_kid is None or kid(x, y) == pytest.approx(expected_kid, rel=1e-9)
 
 
 def random_inception(seed=0):
@@ -141,7 +145,8 @@ def picture():
     return torch.from_numpy(np.ascontiguousarray(data.astronaut()[:200, 100:260])).permute(2, 0, 1)[None].float() / 255
 
 
-PYTORCH_FID = ()
+PYTORCH_FID = (0.0, 0.01401234, 0.002117972, 1.253382, 0.405153)
+"""The first four features, and the mean of all, of `picture` by pytorch-fid 0.3.0 with `random_inception`."""
 
 
 @pytest.fixture(scope="module")
@@ -155,4 +160,40 @@ def inception(tmp_path_factory):
 def test_features_are_pytorch_fids(inception):
     features = inception[1](picture())
     assert features.shape == (1, 2048)
-    assert [*features[0, :4].tolist(), features.mean().item()] == pytest.approx(PYTORCH_FID, rel=1e-4)
+    assert [*features[0, :4].tolist(), features.mean().item()] == pytest.approx(PYTORCH_FID, rel=1e-4, abs=1e-6)
+
+
+def test_features_are_those_of_the_whole_picture_resized(inception):
+    """Bilinear without antialiasing: what is between the places that are looked at does not count."""
+    large = picture().repeat_interleave(4, dim=-1).repeat_interleave(4, dim=-2)
+    other = large.clone()
+    other[..., 2, :] = 1 - other[..., 2, :]
+    resized = torch.nn.functional.interpolate(large, (299, 299), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(inception[1](large), inception[1](resized), rtol=1e-4, atol=1e-5)
+    assert torch.equal(inception[1](large), inception[1](other))
+
+
+def test_metrics_of_sets_share_one_network(inception):
+    metrics = find_metrics(MetricFiles(inception=inception[0]), torch.device("cpu"), wanted=["fid", "kid"])
+    distances = {metric.name: metric.distance for metric in metrics.sets}
+    assert distances == {"fid": fid, "kid": kid} and not metrics.missing
+    first, second = (metric.features for metric in metrics.sets)
+    assert first is second
+    seen = first(picture())
+    assert seen.dtype == np.float64 and seen.tolist() == inception[1](picture())[0].double().tolist()
+    with pytest.raises(ValueError, match=r"expected one picture \(1,3,H,W\)"):
+        first(picture()[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda state: state.pop("Mixed_7c.branch_pool.conv.weight"), "Missing key"),
+     (lambda state: state.update(extra=torch.zeros(3)), "Unexpected key"),
+     (lambda state: state.update({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 1, 3, 3)}), "size mismatch")],
+)  # fmt: skip
+def test_other_files_are_refused(tmp_path, change, words):
+    state = InceptionFeatures().network.state_dict()
+    change(state)
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"other\.safetensors does not hold Inception-v3 of FID\. Give .*: .*{words}"):
+        load_inception(tmp_path / "other.safetensors")

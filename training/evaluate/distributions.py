@@ -102,7 +102,7 @@ def _statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     features = features.astype(np.float64)
     mean = features.mean(axis=0)
     factor = (features - mean) / np.sqrt(len(features) - 1)
-    return mean, np.linalg.qr(factor, mode="r") if len(factor) > factor.shape[1] else factor
+    return mean, np.asarray(np.linalg.qr(factor, mode="r")) if len(factor) > factor.shape[1] else factor
 
 
 def _root(covariance: np.ndarray, size: int) -> np.ndarray:
@@ -112,7 +112,8 @@ def _root(covariance: np.ndarray, size: int) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
     if values[0] < -_TOLERANCE * max(values[-1], 1e-300):
         raise ValueError(f"expected a covariance, which has no negative eigenvalue, got one of {values[0]:.3g}.")
-    return np.sqrt(values.clip(min=0))[:, None] * vectors.T
+    noise = size * np.finfo(np.float64).eps * values[-1]  # its root would not be small
+    return np.sqrt(np.where(values > noise, values, 0))[:, None] * vectors.T
 
 
 def _frechet(mean: np.ndarray, root: np.ndarray, other_mean: np.ndarray, other_root: np.ndarray) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.inception import (
@@ -66,10 +65,10 @@ class InceptionFeatures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         blocks: list[Callable[..., nn.Module]] = [BasicConv2d, _A, InceptionB, _C, InceptionD, _E, InceptionAux]
-        self.network = Inception3(_CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
-        last: Any = self.network.Mixed_7c
-        last.pool = _maximum  # an oversight of the network's authors, kept by every FID
-        self.network.fc = nn.Identity()
+        network: Any = Inception3(_CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
+        network.Mixed_7c.pool = _maximum  # an oversight of the network's authors, kept by every FID
+        network.fc = nn.Identity()
+        self.network = network
         self.requires_grad_(False).eval()
 
     def forward(self, pictures: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from restoration.metrics import blockiness, studio_luma
@@ -51,9 +50,14 @@ def luma_psnr_b(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def _gaussian_mean(images: Tensor) -> Tensor:
-    """Weighted means over all windows, rows and columns in turn."""
-    places = torch.arange(WINDOW, device=images.device, dtype=torch.float32) - WINDOW // 2
-    window = (-places.square() / (2 * SIGMA**2)).exp()
-    window = window / window.sum()
-    columns = F.conv2d(images.flatten(0, 1)[:, None], window.view(1, 1, -1, 1))
-    return F.conv2d(columns, window.view(1, 1, 1, -1)).unflatten(0, images.shape[:2])[:, :, 0]
+    """Weighted means over all windows, rows and columns in turn, as sums of shifted pictures (faster than conv2d)."""
+    places = torch.arange(WINDOW) - WINDOW // 2
+    weights = (-places.square() / (2 * SIGMA**2)).exp()
+    weights = (weights / weights.sum()).tolist()
+    for axis in (2, 3):
+        length = images.shape[axis] - WINDOW + 1
+        total = images.narrow(axis, 0, length) * weights[0]
+        for place in range(1, WINDOW):
+            total.add_(images.narrow(axis, place, length), alpha=weights[place])
+        images = total
+    return images

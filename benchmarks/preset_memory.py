@@ -1,9 +1,9 @@
 """Memory of a training step of each preset, counted from the shapes of all tensors that are alive at once.
 
-`python -m benchmarks preset_memory [COMMAND ...]`. Nothing is computed: the step runs on torch's device `meta`, for one
-picture and for two, from which follows that of the batch. Counted are weights, averaged weights, Adam's two averages,
-gradients, and what the forward and the backward pass hold at their peak; not what libraries want for themselves.
-Presets on Stable Diffusion need that model to be counted, and are left out.
+`python -m benchmarks preset_memory [COMMAND ...]`. A step runs for one picture and for two, from which follows that of
+the batch: without computing anything, on torch's device `meta`, or on the CPU in mixed precision, which `meta` has not.
+Counted are weights, averaged weights, Adam's two averages, gradients, and what the forward and the backward pass hold
+at their peak; not what libraries want for themselves. Presets on Stable Diffusion need that model, and are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (list, tuple)) else (made,):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            if isinstance(tensor, torch.Tensor):
                 self._note(tensor.untyped_storage())
         return made
 
@@ -57,11 +57,12 @@ def count(config: Any, command: str) -> int:
     """Bytes of a step of a configuration, on one device."""
     task = COMMANDS[command].make_task(config)
     networks = [task.model] if task.critic is None else [task.model, task.critic]
+    device = "meta" if config.run.precision == "no" else "cpu"
     for network in networks:
-        network.to("meta").train()
+        network.to(device).train()
     kept = sum(_kept(network, averaged=bool(config.optimizer.ema_decay) and not number)
                for number, network in enumerate(networks))  # fmt: skip
-    one, two = (_peak(task, config, pictures) for pictures in (1, 2))
+    one, two = (_peak(task, config, pictures, device) for pictures in (1, 2))
     pictures = config.run.batch // config.run.accumulate
     gradients = sum(_trained(network) for network in networks)
     return kept + max(gradients, one + (pictures - 1) * (two - one))
@@ -77,21 +78,21 @@ def _kept(network: nn.Module, *, averaged: bool) -> int:
     return weights + (3 if averaged else 2) * _trained(network)
 
 
-def _peak(task: Task, config: Any, pictures: int) -> int:
+def _peak(task: Task, config: Any, pictures: int, device: str) -> int:
     """What a forward and a backward pass hold at most, gradients included."""
     side = (pictures, 3, config.data.crop, config.data.crop)
     batch = {
-        "clean": torch.empty(side, device="meta"), "degraded": torch.empty(side, device="meta"),
-        "quality": torch.empty(pictures, device="meta"), "index": torch.zeros(pictures, dtype=torch.int64),
+        "clean": torch.full(side, 0.5, device=device), "degraded": torch.full(side, 0.5, device=device),
+        "quality": torch.full((pictures,), 50.0, device=device), "index": torch.zeros(pictures, dtype=torch.int64),
     }  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.run.precision)
+    mixed = device == "cpu"
     with LiveTensors() as live:
-        with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = task.loss(task.model, batch, generator)
         loss.backward()
         if task.critic is not None:
-            with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 loss = task.critic_loss(task.critic, batch, generator)
             loss.backward()
     for network in (task.model, task.critic):
@@ -100,8 +101,10 @@ def _peak(task: Task, config: Any, pictures: int) -> int:
     return live.peak
 
 
-def _countable(config: Any) -> Any:
-    """The configuration with what it cannot be built without; None for one on Stable Diffusion."""
+def countable(config: Any) -> Any:
+    """The configuration with what it cannot be built without, at its largest; None for one on Stable Diffusion."""
+    if getattr(config, "sides", ()):
+        return replace(config, sides=())  # batches are cut to one of them
     if getattr(config, "backbone", None) == "sd2.1-base":
         return None
     if getattr(config, "align", None) == "text":
@@ -124,6 +127,6 @@ def main(arguments: list[str]) -> None:
     print(f"torch {torch.__version__}, counted\n\n{header('command', 'preset', 'pictures at a time', 'GiB')}")
     for command in commands:
         for preset, config in COMMANDS[command].presets().items():
-            countable = _countable(config)
-            size = "-" if countable is None else f"{count(countable, command) / 2**30:.2f}"
+            possible = countable(config)
+            size = "-" if possible is None else f"{count(possible, command) / 2**30:.2f}"
             print(f"| {command} | {preset} | {config.run.batch // config.run.accumulate} | {size} |", flush=True)

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.preset_memory import LiveTensors, count, countable
 from training.__main__ import main
 from training.command_line import parse
 from training.commands import COMMANDS
@@ -113,7 +115,8 @@ def test_the_list_has_every_preset_and_says_where_its_numbers_come_from(run) -> 
         found[command, cells[0]] = cells
         assert f"{COMMANDS[command].presets()[cells[0]].run.images:,}" in cells
     assert list(found) == _PRESETS
-    assert found["driftrec", "starter"][3:7] == ["-", "60", "min", "c"]
+    assert found["driftrec", "starter"][3:9] == ["0.22", "GiB", "a", "60", "min", "c"]
+    assert found["prior", "paper"][3:7] == ["1,393", "GiB", "a", "-"]
     assert found["codiff", "24gb"][3:7] == ["17.5", "GiB", "a", "-"]
     assert all(f"\n{mark}: {said}." in printed for mark, said in NOTES.items())
 
@@ -163,3 +166,21 @@ def test_a_presets_name_is_enough_where_only_one_command_has_it(run, monkeypatch
     monkeypatch.setitem(COMMANDS, "quality", only)
     status, printed, _ = run("show", "lone")
     assert status == 0 and printed.splitlines()[1].startswith("# The preset lone of quality.")
+
+
+def test_live_tensors_are_counted_until_their_last_view_goes() -> None:
+    with LiveTensors() as live:
+        first = torch.empty(1000, device="meta")
+        view = (first + 1).view(10, 100)
+        assert live.bytes == 8000
+        del view
+        assert (live.bytes, live.peak) == (4000, 8000)
+        weight = torch.nn.Parameter(torch.empty(100, 50, device="meta"))
+        (first.view(10, 100) @ weight).sum().backward()
+        assert live.bytes == 4000 + 2 * 100 * 50 * 4, "the weight and its gradient stay"
+
+
+@pytest.mark.parametrize(("command", "preset"), [("driftrec", "starter"), ("quality", "starter"), ("saipe", "small")])
+def test_the_memory_in_the_list_is_what_is_counted(command: str, preset: str) -> None:
+    config = countable(COMMANDS[command].presets()[preset])
+    assert f"{count(config, command) / 2**30:.2f}" == f"{KNOWN[command, preset].memory:.2f}"

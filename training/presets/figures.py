@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 NOTES = {
     "a": "counted from the shapes of all tensors that are alive at once in a step; CUDA itself adds one or two GiB",
-    "b": "the same, with its batch in four parts (--run.accumulate 4) or on four cards",
+    "b": "the same, but of one of four cards, or with --run.accumulate 4",
     "c": "at the images/s of the starters' own trainings, on two CPU cores (AMD EPYC)",
 }
 """Mark -> where a number comes from."""
@@ -31,28 +31,28 @@ class Known(NamedTuple):
 
 
 KNOWN: dict[tuple[str, str], Known] = {
-    ("cave", "paper"): Known("as published"),
-    ("cave", "code"): Known("as the authors' code has it"),
-    ("cave", "small"): Known("narrow, learns the quality alone: a CPU", rate=56, rate_from="c"),
-    ("saipe", "paper"): Known("as published", memory=16 * 7.8, memory_from="a"),
-    ("saipe", "small"): Known("narrow, small crops: a CPU"),
-    ("codiff", "paper"): Known("as published", memory=22, memory_from="b"),
+    ("cave", "paper"): Known("as published", 86.7, "a"),
+    ("cave", "code"): Known("as the authors' code has it", 86.7, "a"),
+    ("cave", "small"): Known("narrow, learns the quality alone: a CPU", 0.24, "a", 56, "c"),
+    ("saipe", "paper"): Known("as published", 124, "a"),
+    ("saipe", "small"): Known("narrow, small crops: a CPU", 0.15, "a"),
+    ("codiff", "paper"): Known("as published", 22, "b"),
     ("codiff", "code"): Known("as the authors' code has it"),
-    ("codiff", "24gb"): Known("as published, one card of 24 GB", memory=17.5, memory_from="a"),
-    ("codiff", "12gb"): Known("as published, one card of 12 GB, slower", memory=7.4, memory_from="a"),
-    ("codiff", "starter"): Known("small, from scratch, true to the picture", rate=30, rate_from="c"),
+    ("codiff", "24gb"): Known("as published, one card of 24 GB", 17.5, "a"),
+    ("codiff", "12gb"): Known("as published, one card of 12 GB, slower", 7.4, "a"),
+    ("codiff", "starter"): Known("small, from scratch, true to the picture", 0.13, "a", 30, "c"),
     ("sodiff", "paper"): Known("as published"),
     ("sodiff", "24gb"): Known("one card of 24 GB, SD 2.1's discriminator"),
     ("sodiff", "12gb"): Known("one card of 12 GB, the same, slower"),
     ("sodiff", "small"): Known("to compare settings with (ablate)"),
-    ("sodiff", "starter"): Known("small, from scratch, sharp", rate=17, rate_from="c"),
-    ("driftrec", "paper"): Known("as published"),
-    ("driftrec", "starter"): Known("small: a CPU", rate=28, rate_from="c"),
-    ("regression", "paper"): Known("as published"),
-    ("regression", "starter"): Known("small: a CPU", rate=28, rate_from="c"),
-    ("prior", "paper"): Known("as published (guided diffusion)"),
-    ("prior", "starter"): Known("small: a CPU", rate=54_016 / 4500, rate_from="c"),
-    ("quality", "paper"): Known("large crops"),
-    ("quality", "starter"): Known("small crops: a CPU"),
+    ("sodiff", "starter"): Known("small, from scratch, sharp", 0.51, "a", 17, "c"),
+    ("driftrec", "paper"): Known("as published", 77.5, "a"),
+    ("driftrec", "starter"): Known("small: a CPU", 0.22, "a", 28, "c"),
+    ("regression", "paper"): Known("as published", 77.4, "a"),
+    ("regression", "starter"): Known("small: a CPU", 0.21, "a", 28, "c"),
+    ("prior", "paper"): Known("as published (guided diffusion)", 1393, "a"),
+    ("prior", "starter"): Known("small: a CPU", 0.22, "a", 54_016 / 4500, "c"),
+    ("quality", "paper"): Known("large crops", 0.79, "a"),
+    ("quality", "starter"): Known("small crops: a CPU", 0.2, "a"),
 }
 """Command and preset -> what is known. docs/benchmarks.md and weights/README.md have the measurements."""

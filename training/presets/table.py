@@ -25,9 +25,13 @@ def make_table() -> str:
 
 def _cells(config: Any, known: Known) -> tuple[str, ...]:
     run = config.run
-    memory = f"{known.memory:.3g} GiB {known.memory_from}" if known.memory is not None else _UNKNOWN
+    memory = f"{_rounded(known.memory)} GiB {known.memory_from}" if known.memory is not None else _UNKNOWN
     time = f"{in_hours(run.images / known.rate)} {known.rate_from}" if known.rate is not None else _UNKNOWN
     return f"{run.images:,}", str(run.batch), memory, time, known.purpose
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def in_hours(seconds: float) -> str:
@@ -43,7 +47,8 @@ def _aligned(cell: str, width: int, column: str) -> str:
 
 def _notes() -> list[str]:
     return [
-        "images and batch: what is trained on in all, and in each step over all processes. memory: of the device.",
+        "images, batch: what is trained on in all, and in each step over all processes.",
+        "memory: of one device that takes the whole batch. Several processes, or --run.accumulate, divide most of it.",
         f"{_UNKNOWN}: neither counted nor measured.",
         *(f"{mark}: {said}." for mark, said in NOTES.items()),
         "",

@@ -35,7 +35,10 @@ FAST = ("--metrics", "psnr", "ssim", "bef", "--device", "cpu", "--examples", "2"
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["training", "evaluate", *map(str, arguments)])
-    return main()
+    try:
+        return main()
+    except SystemExit as end:  # tyro's, of options that contradict each other
+        return int(end.code or 0)
 
 
 def pictures() -> dict[str, np.ndarray]:
@@ -121,7 +124,7 @@ def test_the_report_needs_nothing_beside_it_and_shows_the_pictures(
     page = (output / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(?:src|href)=(?!["']?(?:data:|#))""", page)
     assert "http" not in re.sub(r"http://www\.w3\.org/[^\"]*", "", page)
-    assert page.count("class=slider") == 2 * 2 and page.count("<svg") == 3
+    assert page.count("class=slider>") == 2 * 2 and page.count("<svg") == 3
     assert "one of the worst" in page and "one of the first" in page
     assert page.count("data:image/webp;base64,") == 4 * 3
 
@@ -270,7 +273,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence_before_anything_runs(
     given = [argument.format(**names) for argument in arguments]
     status = evaluate(monkeypatch, *given, "--output", tmp_path / "out", "--device", "cpu")
     captured = capsys.readouterr()
-    assert status == 2 and said in captured.err and "Traceback" not in captured.err
+    assert status == 2 and said in " ".join(captured.err.replace("│", " ").split()) and "Traceback" not in captured.err
     assert not (tmp_path / "out" / "measurements.jsonl").exists()
 
 

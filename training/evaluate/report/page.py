@@ -99,7 +99,7 @@ def _published(
             continue
         cells = [f"<td>{escape(condition)}</td><td>{escape(row['method'])} ({escape(row['source'])})</td>"]
         cells += [
-            f"<td class=number>{values.get(metric.name, "")}</td>" for metric in metrics
+            f"<td class=number>{values.get(metric.name, '')}</td>" for metric in metrics
         ]  # fmt: skip
         cells.append("<td></td>" * (columns - 2 - len(metrics)))
         yield f"<tr class=published>{''.join(cells)}</tr>"

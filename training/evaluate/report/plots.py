@@ -134,5 +134,5 @@ def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jpeg-restorer", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     return re.sub(r'(<svg\b[^>]*?) width="[^"]*pt"', r"\1", text[text.index("<svg") :], count=1)

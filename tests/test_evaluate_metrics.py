@@ -1,10 +1,6 @@
 """What `evaluate` measures with: each metric against other code or published values; what is missing is named."""
 
-import http.client
-import socket
 import sys
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +12,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from restoration.dists import DISTS
 from training.degradation import compress
+from training.evaluate.alexnet_lpips import AlexNetLPIPS
 from training.evaluate.metrics import LABELS, ON_REQUEST, MetricFiles, NotMeasuredError, find_metrics
 from training.evaluate.paper_metrics import gaussian_ssim, luma_psnr_b
-from training.evaluate.pyiqa_metrics import DownloadRefusedError, no_downloads
 
 CPU = torch.device("cpu")
 PIXELS = ("psnr", "psnr_y", "ssim", "psnr_b", "bef")
@@ -117,6 +113,8 @@ def test_only_what_is_wanted_is_found_or_missing(no_pyiqa):
     metrics = find_metrics(MetricFiles(), CPU, wanted=["kid", "ssim_9", "psnr"])
     assert [metric.name for metric in metrics.single] == ["psnr", "ssim_9"]
     assert [missing.label for missing in metrics.missing] == ["KID"]
+    also = find_metrics(MetricFiles(), CPU, also=["ssim_9"])
+    assert [metric.name for metric in also.single] == ["psnr", "psnr_y", "ssim", "ssim_9", "psnr_b", "bef"]
     with pytest.raises(ValueError, match=r"--metrics: there is no metric musik\. Perhaps you meant musiq\. There are"):
         find_metrics(MetricFiles(), CPU, wanted=["psnr", "musik"])
 
@@ -163,101 +161,6 @@ def test_wrong_shapes_are_mistakes_and_no_reason_to_leave_a_picture_out(pair):
         assert not isinstance(caught.value, NotMeasuredError)
 
 
-def write_pyiqa(folder: Path, version: str, body: str) -> None:
-    """A package of this name that pip seems to have installed."""
-    (folder / "pyiqa" / "utils").mkdir(parents=True)
-    (folder / "pyiqa" / "__init__.py").write_text(f"from .utils import download_util\n{body}", encoding="utf-8")
-    (folder / "pyiqa" / "utils" / "__init__.py").touch()
-    (folder / "pyiqa" / "utils" / "download_util.py").write_text(
-        "from torch.hub import download_url_to_file\n", encoding="utf-8"
-    )
-    information = folder / f"pyiqa-{version}.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pyiqa\nVersion: {version}\n", encoding="utf-8")
-
-
-@pytest.fixture
-def pyiqa(tmp_path, monkeypatch):
-    """Writes a package with the given version and code, which is forgotten after the test."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "pyiqa"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield lambda version, body: write_pyiqa(tmp_path, version, body)
-    for name in [name for name in sys.modules if name.split(".")[0] == "pyiqa"]:
-        del sys.modules[name]
-
-
-WORKING = """
-class Network:
-    def __init__(self, name):
-        self.name, self.metric_mode = name, "FR" if name in ("lpips", "dists") else "NR"
-    def __call__(self, *pictures):
-        assert pictures[0].shape[-1] >= 32, "too narrow"
-        return sum((index + 1) * picture.mean() for index, picture in enumerate(pictures))
-def create_metric(name, device):
-    print("Loading pretrained model")
-    if name == "maniqa":
-        download_util.download_url_to_file("https://example.invalid/a/maniqa.pt", "cache/maniqa.pt", hash_prefix=None)
-    if name == "clipiqa":
-        import urllib.request
-        try:
-            urllib.request.urlopen("https://example.invalid/RN50.pt")
-        except OSError as error:
-            raise RuntimeError("could not load RN50") from error
-    return Network(name)
-"""
-
-
-def test_metrics_of_pyiqa_are_measured_and_their_downloads_refused(pyiqa, capsys):
-    pyiqa("0.1.14", WORKING)
-    metrics = find_metrics(MetricFiles(), CPU)
-    found = by_name(metrics)
-    assert tuple(found) == (*PIXELS, "lpips_alex", "dists", "niqe", "musiq")
-    assert found["musiq"].variant == "pyiqa 0.1.14, koniq10k" and found["musiq"].better == "higher"
-    picture, clean = torch.full((1, 3, 40, 40), 0.5), torch.full((1, 3, 40, 40), 0.25)
-    assert found["musiq"].measure(picture, None) == pytest.approx(0.5)
-    assert found["lpips_alex"].measure(picture, clean) == pytest.approx(1.0)
-    reasons = {missing.label: missing.reason for missing in metrics.missing}
-    assert reasons["MANIQA"].startswith(
-        "pyiqa 0.1.14: maniqa.pt is not in cache. To have it fetch what it needs: python"
-    )
-    assert reasons["CLIPIQA"].startswith("pyiqa 0.1.14: https://example.invalid/RN50.pt is not on this machine. ")
-    assert "create_metric('clipiqa')" in reasons["CLIPIQA"]
-    with pytest.raises(NotMeasuredError, match="MUSIQ: pyiqa refuses a picture of 20x40: too narrow"):
-        found["musiq"].measure(picture[..., :20], None)
-    assert not capsys.readouterr().out
-
-
-def test_files_of_ones_own_come_before_pyiqas(pyiqa):
-    pyiqa("0.1.14", WORKING)
-    niqe = shared_path("weights", "niqe", "niqe_pris_params.npz")
-    assert "pyiqa" not in by_name(find_metrics(MetricFiles(niqe=niqe), CPU, wanted=["niqe"]))["niqe"].variant
-
-
-@pytest.mark.parametrize(
-    ("version", "body", "words"),
-    [("0.1.9", WORKING, "pyiqa is 0.1.9, whose values differ: install 0.1.13 or newer"),
-     ("0.2", "import a_package_that_is_not_there", "pyiqa 0.2: No module named 'a_package_that_is_not_there'")],
-)  # fmt: skip
-def test_a_pyiqa_that_does_not_do_is_named_with_what_to_do(pyiqa, version, body, words):
-    pyiqa(version, body)
-    (missing,) = find_metrics(MetricFiles(), CPU, wanted=["musiq"]).missing
-    assert words in missing.reason
-
-
-def test_nothing_is_fetched_inside_and_all_is_as_before_after(tmp_path):
-    before = socket.getaddrinfo, torch.hub.download_url_to_file, urllib.request.urlopen
-    with no_downloads():
-        with pytest.raises(DownloadRefusedError) as caught:
-            torch.hub.load_state_dict_from_url("https://example.invalid/vgg16.pth", model_dir=str(tmp_path))
-        assert caught.value.wanted == tmp_path / "vgg16.pth"
-        with pytest.raises(OSError, match=r"https://example\.invalid/weights\.pth is not fetched"):
-            urllib.request.urlopen("https://example.invalid/weights.pth", timeout=5)
-        with pytest.raises(OSError, match=r"nothing is fetched from example\.invalid"):
-            http.client.HTTPSConnection("example.invalid", timeout=5).connect()
-    assert (socket.getaddrinfo, torch.hub.download_url_to_file, urllib.request.urlopen) == before
-
-
 def crops():
     """Two photographs (1,3,H,W), and their JPEGs of quality 10 and 30."""
     photo = data.astronaut()
@@ -276,21 +179,41 @@ def test_lpips_is_that_of_its_authors_package():
     assert [metric.measure(*pair) for pair in crops()] == pytest.approx(LPIPS_SQUEEZE, rel=1e-4)
 
 
-def random_vgg16():
+def random_features(network):
     """Weights by torchvision's names."""
     generator = torch.Generator().manual_seed(0)
     return {f"features.{name}": torch.empty_like(tensor).normal_(
                 0, (2 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 0.1, generator=generator)
-            for name, tensor in DISTS().features.state_dict().items()}  # fmt: skip
+            for name, tensor in network.features.state_dict().items()}  # fmt: skip
+
+
+LPIPS_ALEX = (0.0067458851, 0.0062888721)
+"""lpips 0.1.4 and pyiqa 0.1.16, net="alex" with the authors' heads on `random_features`, of `crops`."""
+
+
+def test_lpips_with_alexnet_is_that_of_its_authors_package(tmp_path, no_pyiqa):
+    heads = shared_path("weights", "lpips_heads", "v0.1", "alex.pth")
+    alexnet = {**random_features(AlexNetLPIPS()), "classifier.1.weight": torch.zeros(2, 2)}
+    torch.save(alexnet, tmp_path / "alexnet.pth")
+    files = MetricFiles(lpips_alex=heads, alexnet=tmp_path / "alexnet.pth")
+    metric = by_name(find_metrics(files, CPU, wanted=["lpips_alex"]))["lpips_alex"]
+    assert [metric.measure(*pair) for pair in crops()] == pytest.approx(LPIPS_ALEX, rel=1e-4)
+    assert metric.measure(crops()[0][0], crops()[0][0]) == 0
+    smallest = crops()[0][0][..., :31, :31]
+    assert metric.measure(smallest, 1 - smallest) > 0
+    with pytest.raises(NotMeasuredError, match=r"LPIPS \(AlexNet\): expected two batches .* sides >= 31"):
+        metric.measure(smallest[..., :30], smallest[..., :30])
+    with pytest.raises(ValueError, match=r"alex\.pth and .*alexnet\.pth are not AlexNet and its heads"):
+        find_metrics(MetricFiles(lpips_alex=tmp_path / "alexnet.pth", alexnet=heads), CPU, wanted=["lpips_alex"])
 
 
 DISTS_VALUES = (0.0041992068, 0.0032905936)
-"""pyiqa 0.1.16's DISTS with the authors' alpha and beta on `random_vgg16`, of `crops`."""
+"""pyiqa 0.1.16's DISTS with the authors' alpha and beta on `random_features`, of `crops`."""
 
 
 def test_dists_is_pyiqas(tmp_path, no_pyiqa):
     weights = shared_path("weights", "dists", "weights.pt")
-    torch.save(random_vgg16(), tmp_path / "vgg16.pth")
+    torch.save(random_features(DISTS()), tmp_path / "vgg16.pth")
     metric = by_name(find_metrics(MetricFiles(dists=weights, vgg16=tmp_path / "vgg16.pth"), CPU))["dists"]
     assert [metric.measure(*pair) for pair in crops()] == pytest.approx(DISTS_VALUES, rel=1e-3)
 

@@ -15,6 +15,7 @@ from restoration import metrics
 from restoration.dists import load_dists
 from restoration.lpips import load_lpips_squeeze
 from restoration.niqe import load_niqe
+from training.evaluate.alexnet_lpips import load_alexnet_lpips
 from training.evaluate.distributions import fid, kid
 from training.evaluate.inception import WEIGHTS, load_inception
 from training.evaluate.metrics import LABELS, Metric, MetricFiles, MissingMetric, NotMeasuredError, SetMetric
@@ -52,6 +53,7 @@ _PIXELS: dict[str, tuple[Compare, _Row]] = {
 }
 _OWN = {
     "lpips_squeeze": _Row("SqueezeNet 1.1, v0.1", "lower", 4),
+    "lpips_alex": _Row("AlexNet, v0.1", "lower", 4),
     "dists": _Row("VGG16, whole picture", "lower", 4),
     "niqe": _Row("luma, blocks of 96 as the authors, float64", "lower", 3, reference=False),
 }
@@ -119,6 +121,7 @@ def find_sets(names: Sequence[str], files: MetricFiles, device: torch.device) ->
 
 _LACKING = {
     "lpips_squeeze": "give --weights.lpips lpips_squeeze_f32.npz",
+    "lpips_alex": "give both --weights.lpips-alex alex.pth and --weights.alexnet alexnet-owt-7be5be79.pth",
     "dists": "give both --weights.dists weights.pt and --weights.vgg16 vgg16-397923af.pth",
     "niqe": "give --weights.niqe niqe_pris_params.npz",
 }
@@ -128,6 +131,8 @@ def _own(name: str, files: MetricFiles, device: torch.device) -> Compare | None:
     """The pack's own network, where its files are given."""
     if name == "lpips_squeeze" and files.lpips is not None:
         return load_lpips_squeeze(files.lpips).to(device)
+    if name == "lpips_alex" and files.lpips_alex is not None and files.alexnet is not None:
+        return load_alexnet_lpips(files.alexnet, files.lpips_alex).to(device)
     if name == "dists" and files.dists is not None and files.vgg16 is not None:
         return load_dists(files.vgg16, files.dists).to(device)
     if name == "niqe" and files.niqe is not None:

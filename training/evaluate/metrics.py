@@ -107,7 +107,9 @@ class MetricFiles:
     """Where the weights of metrics are.
 
     Args:
-        lpips: For LPIPS: SqueezeNet and its heads (lpips_squeeze_f32.npz).
+        lpips: For LPIPS with SqueezeNet: the network and its heads (lpips_squeeze_f32.npz).
+        lpips_alex: For LPIPS with AlexNet: its heads, version 0.1 (alex.pth).
+        alexnet: For LPIPS with AlexNet: torchvision's network (alexnet-owt-7be5be79.pth).
         niqe: For NIQE: the model of pristine photographs (BasicSR's niqe_pris_params.npz).
         dists: For DISTS: its authors' weights.pt.
         vgg16: For DISTS: torchvision's VGG16 (vgg16-397923af.pth).
@@ -115,6 +117,8 @@ class MetricFiles:
     """
 
     lpips: _Weights = None
+    lpips_alex: _Weights = None
+    alexnet: _Weights = None
     niqe: _Weights = None
     dists: _Weights = None
     vgg16: _Weights = None
@@ -143,7 +147,9 @@ def check_names(names: Sequence[str]) -> None:
             raise ValueError(f"--metrics: there is no metric {name}.{hint} There are {', '.join(LABELS)}.")
 
 
-def find_metrics(files: MetricFiles, device: torch.device, *, wanted: Sequence[str] | None = None) -> Metrics:
+def find_metrics(
+    files: MetricFiles, device: torch.device, *, wanted: Sequence[str] | None = None, also: Sequence[str] = ()
+) -> Metrics:
     """Every metric that can be had without a download, ready on a device.
 
     Args:
@@ -151,14 +157,16 @@ def find_metrics(files: MetricFiles, device: torch.device, *, wanted: Sequence[s
         device: Where networks run.
         wanted: Names of the metrics (see `LABELS`); None or none for all but `ON_REQUEST`. Others are not reported as
             missing.
+        also: Names of those to measure beside all, for example what published figures are compared with; nothing where
+            `wanted` says what to measure.
 
     Raises:
         ValueError: A name is unknown, or a given file is not what it should be.
     """
     from training.evaluate.finders import SETS, find_sets, find_single
 
-    check_names(wanted or ())
-    names = [name for name in LABELS if (name in wanted if wanted else name not in ON_REQUEST)]
+    check_names((*(wanted or ()), *also))
+    names = [name for name in LABELS if (name in wanted if wanted else name not in ON_REQUEST or name in also)]
     found = [find_single(name, files, device) for name in names if name not in SETS]
     found += find_sets([name for name in names if name in SETS], files, device)
     return Metrics(

@@ -89,4 +89,9 @@ class TestWithAnIndependentValidator:
         assert self.errors("driftrec", {"data": {"workers": "two", "flips": 1}}) == ["$.data.flips", "$.data.workers"]
         assert self.errors("driftrec", {"sde": {"name": "foo", "gamma": None}}) == ["$.sde.name"]
         assert self.errors("driftrec", {"data": {"downscale": [1, 2, 3]}, "run": None}) == ["$.data.downscale"] * 2
+        assert self.errors("driftrec", {"run": {"batch": 0}, "optimizer": {"ema_decay": 1.5}}) == [
+            "$.optimizer.ema_decay", "$.run.batch"
+        ]  # fmt: skip
+        assert self.errors("driftrec", {"optimizer": {"betas": [0.9, 1.0]}}) == ["$.optimizer.betas[1]"]
+        assert self.errors("driftrec", {"validation": {"qualities": [5, 101]}}) == ["$.validation.qualities[1]"]
         assert self.errors("driftrec", {"validation": {"qualities": [5, "ten"]}}) == ["$.validation.qualities[1]"]

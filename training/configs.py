@@ -11,6 +11,7 @@ from restoration.diffusion.sde import SDES
 from restoration.networks.cave import CaVEConfig
 from restoration.networks.ncsnpp import NCSNppConfig
 from training import degradation as jpeg
+from training.config_ranges import check_ranges
 from training.degradation import Degradation
 
 
@@ -41,6 +42,11 @@ class DataConfig:
     shuffle_shards: int = 16
     """Shards whose pictures are shuffled among each other, and which are open at a time."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.downscale[0] > self.downscale[1]:
+            raise ValueError(f"downscale: expected the smaller factor first, got {list(self.downscale)}.")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -65,6 +71,9 @@ class OptimizerConfig:
     fused: bool = False
     """Take the step in one kernel, which is faster; the last digits differ. CPU, CUDA, Metal and Intel GPUs have it."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 @dataclass(frozen=True)
 class ValidationConfig:
@@ -85,6 +94,11 @@ class ValidationConfig:
     best: str | None = None
     """The measure, e.g. psnr, ssim, lpips or quality_error, whose mean over the qualities decides which weights stay
     as the best; null: the one that suits the training."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.qualities:
+            raise ValueError("qualities: expected at least one, got none.")
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,9 @@ class RunConfig:
     """Lay out pictures and convolutions channel by channel of each pixel, which most GPUs and CPUs work on faster."""
     fsdp: bool = False
     """Spread the frozen weights of a base model over the processes of torchrun, to save memory (codiff, sodiff)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

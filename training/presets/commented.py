@@ -13,6 +13,7 @@ import yaml
 
 from training.config_checks import is_group
 from training.config_files import to_plain
+from training.config_ranges import range_of
 from training.config_values import in_words
 from training.presets.descriptions import describe_class, describe_fields
 
@@ -57,7 +58,9 @@ def _lines(config: Any, indent: str) -> Iterator[str]:
             yield f"{indent}{field.name}:"
             yield from _lines(value, indent + "  ")
         else:
-            yield from _comment(f"{said} ({in_words(kinds[field.name])})".strip(), indent)
+            limits = range_of(config, field.name)
+            allowed = in_words(kinds[field.name]) + (f", {limits}" if limits else "")
+            yield from _comment(f"{said} ({allowed})".strip(), indent)
             yield f"{indent}{field.name}: {_value(value)}"
 
 

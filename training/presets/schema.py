@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from training.config_checks import is_group
 from training.config_files import to_plain
+from training.config_ranges import Range, range_of
 from training.presets.descriptions import describe_class, describe_fields
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -29,7 +31,7 @@ def make_schema(command: str, config: Any) -> dict[str, Any]:
 def _of_group(config: Any) -> dict[str, Any]:
     described, kinds = describe_fields(type(config)), typing.get_type_hints(type(config))
     properties = {
-        field.name: _of_field(getattr(config, field.name), kinds[field.name], described.get(field.name, ""))
+        field.name: _of_field(config, field.name, kinds[field.name], described.get(field.name, ""))
         for field in dataclasses.fields(config)
     }
     return {
@@ -38,12 +40,26 @@ def _of_group(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_field(value: Any, kind: Any, said: str) -> dict[str, Any]:
+def _of_field(config: Any, field: str, kind: Any, said: str) -> dict[str, Any]:
+    value = getattr(config, field)
     if not is_group(value):
-        return {"description": said, **of_type(kind), "default": to_plain(value)}
+        limited = _limited(of_type(kind), range_of(config, field))
+        return {"description": said, **limited, "default": to_plain(value)}
     group = _of_group(value)
     described = f"{group['description']} {said}".strip()
     return {**group, "description": described, "type": ["object", "null"]}  # all of it may be commented out
+
+
+def _limited(schema: dict[str, Any], limits: Range | None) -> dict[str, Any]:
+    """The schema of a number, or of a list of them, with the smallest and the largest."""
+    if limits is None:
+        return schema
+    if "prefixItems" in schema:
+        return {**schema, "prefixItems": [_limited(item, limits) for item in schema["prefixItems"]]}
+    if "items" in schema:
+        return {**schema, "items": _limited(schema["items"], limits)}
+    most = {} if limits.most == math.inf else {"exclusiveMaximum" if limits.open else "maximum": limits.most}
+    return {**schema, "minimum": limits.least, **most}
 
 
 def of_type(kind: Any) -> dict[str, Any]:

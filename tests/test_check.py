@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from shared import shared_path
 from skimage import data
 
 from training.check import cost as costs
@@ -23,7 +24,7 @@ from training.check.pictures import Expectation, judge, look_at_all
 from training.commands import COMMANDS
 from training.crops import CropSettings, draw_pair
 from training.degradation import Degradation, compress
-from training.pictures import load_image
+from training.pictures import DECODE_ERRORS, load_image
 
 PHOTOS = {"astronaut": data.astronaut, "coffee": data.coffee, "chelsea": data.chelsea, "rocket": data.rocket}
 
@@ -306,3 +307,15 @@ def test_a_set_without_a_whole_picture_is_a_problem(tmp_path: Path, capsys) -> N
 def test_help_says_how(capsys) -> None:
     assert run(["--help"]) == 0
     assert "--data FOLDER" in (said := capsys.readouterr().out) and "Exit status" in said
+
+
+def test_odd_and_broken_files_end_in_findings_alone(tmp_path: Path, recwarn) -> None:
+    folder = shared_path("data", "torture")
+    assert check("--data", folder, "--output", tmp_path / "check", "--pairs", 3) == 0
+    findings = json.loads((tmp_path / "check" / "findings.json").read_text())
+    (broken,) = [finding["pictures"] for finding in findings if "cannot be decoded" in finding["text"]]
+    assert 0 < len(broken) < len(list(folder.glob("*.jp*g"))) / 2
+    for path in broken:
+        with pytest.raises(DECODE_ERRORS):
+            load_image(Path(path))
+    assert not [warning for warning in recwarn if "EXIF" in str(warning.message)]

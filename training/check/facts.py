@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,8 +61,9 @@ def look_at(path: Path) -> PictureFacts:
     """Decode a picture and find out about it."""
     try:
         data = (open_member(path) or io.BytesIO(path.read_bytes())).read()
-        with Image.open(io.BytesIO(data)) as opened:
-            tables = getattr(opened, "quantization", None) if opened.format in ("JPEG", "MPO") else None
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
+            warnings.simplefilter("ignore")  # of odd metadata, which does not matter here
+            tables = getattr(opened, "quantization", None) or None  # of JPEGs; lossless ones have none
             pixels = upright_rgb(opened)
     except DECODE_ERRORS as error:
         return PictureFacts(path, f"{type(error).__name__}: {error}")

@@ -84,9 +84,10 @@ def _row(name: str, folder: Path, place: Path, options: argparse.Namespace) -> d
 
 
 def _config(name: str, folder: Path, output: Path, workers: int) -> Any:
-    """The preset for a CPU, without anything that is not a step: no checkpoints, hardly a validation."""
+    """The preset for a CPU, every step the same, and hardly anything that is no step: no checkpoints, one crop to
+    validate on."""
     config = COMMANDS[name].presets()[PRESETS.get(name, "starter")]
-    changes: dict[str, Any] = {"align": "none"} if name == "saipe" else {}
+    changes: dict[str, Any] = {"saipe": {"align": "none"}, "cave": {"sides": ()}}.get(name, {})
     loss = getattr(config, "loss", None)
     if getattr(getattr(loss, "perceptual", None), "kind", "none") == "lpips":
         weights = SHARED / "weights" / "lpips_squeeze" / "lpips_squeeze_f32.npz"

@@ -45,17 +45,17 @@ def main(arguments: list[str]) -> None:
     print(f"{processor()}: pairs a second on one core; a GPU of {options.peak / 1e12:.0f} TFLOP/s of which "
           f"{options.share:.0%} are reached")  # fmt: skip
     needed = [f"images/s for {count} GPU" + "s" * (count > 1) for count in options.gpus]
-    print(header("training", "TFLOP an image", "crop", *needed, "pairs/s a core", "cores a GPU"))
+    print(header("training", "GFLOP an image", "crop", *needed, "pairs/s a core", "cores a GPU"))
     for name in (*_WHOLE, "codiff", "sodiff"):
         config = COMMANDS[name].presets()["paper"]
         parts = stage_two(name, config) if name in ("codiff", "sodiff") else {"": whole(name, config)}
         total, rate = sum(parts.values()), _pairs(paths, config)
         images = options.peak * options.share / total
         cells = [f"{images * count:,.0f}" for count in options.gpus]
-        print(f"| {name} | {total / 1e12:.2f} | {config.data.crop} | {' | '.join(cells)} | {rate:.0f} "
+        print(f"| {name} | {total / 1e9:,.0f} | {config.data.crop} | {' | '.join(cells)} | {rate:.0f} "
               f"| {images / rate:.1f} |", flush=True)  # fmt: skip
         for part, count in parts.items() if len(parts) > 1 else ():
-            print(f"| - {part} | {count / 1e12:.2f} ({count / total:.0%}) |" + " |" * (len(options.gpus) + 3))
+            print(f"| - {part} | {count / 1e9:,.0f} ({count / total:.0%}) |" + " |" * (len(options.gpus) + 3))
 
 
 def whole(name: str, config: Any) -> float:
@@ -78,9 +78,10 @@ def stage_two(name: str, config: Any) -> dict[str, float]:
     from tests.reduced_sd21 import FULL_UNET, VAE
 
     generator, crop = torch.Generator(), config.data.crop
+    seer: Any = CaVE(CaVEConfig(), decoder=False) if name == "codiff" else SAIPE(SAIPEConfig())
+    seer.to("meta")
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**FULL_UNET), AutoencoderKL(**VAE)  # type: ignore[arg-type]
-        seer: Any = CaVE(CaVEConfig(), decoder=False) if name == "codiff" else SAIPE(SAIPEConfig())
         features = vgg16().features[:30].requires_grad_(False)
     critic = HalfUNet(unet, rank=16, alpha=16.0, generator=generator, dtype=None, gradient_checkpointing=False)
     base_models.add_lora(unet, base_models.unet_targets(unet), config.unet_lora.rank, 16.0, generator)

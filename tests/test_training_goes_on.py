@@ -15,8 +15,7 @@ import pytest
 import torch
 from shared import ROOT
 from stopping import stop_after
-from test_training_run import tiny, weights
-from tiny_trainings import write_pictures
+from tiny_trainings import tiny, weights, write_pictures
 
 import training.steps
 from training.checkpoint import read_checkpoint

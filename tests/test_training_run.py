@@ -1,36 +1,27 @@
-"""What a training leaves and shows while it runs: best and kept files, logs, an estimate of the end; full disks."""
+"""What a training leaves and shows while it runs: best and kept files, logs, an estimate of the end."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import subprocess
 import sys
 import types
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from shared import ROOT
 from stopping import stop_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_trainings import TRAININGS, write_pictures
+from tiny_trainings import same, stats, tiny, write_pictures
 
-import training.run_folder
 from restoration.restorer_file import read_metadata, read_restorer
 from training.checkpoint import read_checkpoint
-from training.config_files import to_yaml
 from training.logs import StatsFile, TensorBoard
-from training.loop import TrainingStoppedError
 from training.progress import Lines, duration
-from training.run_folder import RunFolderError
 from training.session import Session
-from training.validation import Validation
+from training.validation import Validation, is_better
 
 
 @pytest.fixture(scope="module")
@@ -40,32 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny(folder: Path, output: Path, name: str = "regression", **run: Any) -> Any:
-    """Ten steps of four images; validated after 16 and 32 of them, saved after 8, 16, ..."""
-    config = TRAININGS[name](folder, output)
-    return replace(config, run=replace(config.run, **{"keep_every": 0, **run}))
-
-
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted."""
     output = tmp_path_factory.mktemp("whole") / "run"
     Session("regression", tiny(folder, output)).train()
     return output
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    state = read_checkpoint(output / "checkpoint.pt")
-    return {**state["model"], **{f"average.{key}": value for key, value in state["average"]["values"].items()}}
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def stats(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "stats.jsonl").read_text().splitlines()]
 
 
 # --- best and kept files ----------------------------------------------------------------------------------------------
@@ -268,97 +239,7 @@ def test_lines_tell_the_speed_and_the_end() -> None:
     assert shown == ["0 s", "89 s", "2 min", "118 min", "2 h 0 min", "5 h 20 min", "2 d 2 h", "3 d 11 h"]
 
 
-# --- full disks -------------------------------------------------------------------------------------------------------
-
-
-def full(call: Callable[..., Any], at: Callable[..., bool], error: Exception) -> Callable[..., Any]:
-    """The function, for which the disk is full when `at` says so of its arguments."""
-
-    def called(*given: Any, **named: Any) -> Any:
-        if at(*given):
-            raise error
-        return call(*given, **named)
-
-    return called
-
-
-NO_SPACE = OSError(28, "No space left on device")
-RUST = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-FULL = {
-    "stats.jsonl": (StatsFile, "figures", lambda self, images, values: images == 20, NO_SPACE, 20),
-    "tensorboard": (TensorBoard, "figures", lambda self, images, values: images == 20, NO_SPACE, 20),
-    "samples": (TensorBoard, "picture", lambda self, images, name, picture: images == 16, NO_SPACE, 16),
-    "best": (
-        training.run_folder, "write_restorer", lambda path, metadata, _: metadata.training["images"] == 16, RUST, 16
-    ),
-    "export": (
-        training.run_folder, "write_restorer",
-        lambda path, metadata, _: metadata.training["images"] == 32 and "best" not in path.name, RUST, 32,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", list(FULL))
-def test_a_full_disk_is_told_and_loses_nothing(
-    what: str, folder: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place, name, at, error, images = FULL[what]
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, full(getattr(place, name), at, error))
-        with pytest.raises(
-            TrainingStoppedError,
-            match=rf"cannot write .*No space left.*Stopped at {images} images; nothing is lost\. Repeat the command",
-        ):
-            Session("regression", tiny(folder, tmp_path, checkpoint_every=10**6)).train()
-    assert read_checkpoint(tmp_path / "checkpoint.pt")["images"] == images
-    Session("regression", tiny(folder, tmp_path)).train()
-    assert same(tmp_path, whole)
-    assert read_metadata(tmp_path / "regression-best.safetensors").training["images"] == \
-        read_metadata(whole / "regression-best.safetensors").training["images"]  # fmt: skip
-
-
-def test_a_disk_that_is_full_from_the_start_is_told(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training.run_folder, "replace_text", full(print, lambda *_: True, NO_SPACE))
-    with pytest.raises(RunFolderError, match=r"cannot write .*No space left on device\. Free some space, or give"):
-        Session("regression", tiny(folder, tmp_path)).train()
-
-
-LIMITED = """
-import resource, runpy, sys
-limit = int(sys.argv.pop(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-runpy.run_module("training", run_name="__main__", alter_sys=True)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")
-@pytest.mark.parametrize("part", ["checkpoint", "restorer"])
-def test_files_that_cannot_grow_end_the_command_without_a_traceback(
-    part: str, folder: Path, tmp_path: Path, whole: Path
-) -> None:
-    """The system's own limit of a file's size in place of a full disk, in the real command."""
-    sizes = [(whole / name).stat().st_size for name in ("regression.safetensors", "checkpoint.pt")]
-    limit = sum(sizes) // 2 if part == "checkpoint" else sizes[0] // 2
-    config = tiny(folder, tmp_path / "run")
-    (tmp_path / "my.yaml").write_text(to_yaml(config))
-    arguments = ["regression", "--config", str(tmp_path / "my.yaml")]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    name = "checkpoint.pt" if part == "checkpoint" else "regression.safetensors"
-    assert re.search(rf"training regression: cannot write \S*{re.escape(name)}: .*[Ff]ile too large", done.stderr)
-    assert not list((tmp_path / "run").rglob("*.part"))
-    Session("regression", config).train()
-    assert same(tmp_path / "run", whole)
-
-
 def test_figures_that_are_no_numbers_are_never_the_best() -> None:
-    from training.validation import is_better
-
     assert is_better({"psnr/qf10": 20.0}, None, None, ("psnr",))
     assert not is_better({"psnr/qf10": math.nan}, None, None, ("psnr",))
     assert not is_better({"psnr/qf10": math.nan}, {"psnr/qf10": 20.0}, None, ("psnr",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import test_training_prior
 import test_training_quality
 import test_training_saipe
 import test_training_small
+import torch
 from PIL import Image
 from tiny_text_encoder import write_text_encoder
 
 from restoration.networks.cave import CaVEConfig
+from training.checkpoint import read_checkpoint
 from training.configs import PRESETS, RunConfig, ValidationConfig
 from training.prior_configs import PRESETS as PRIOR
 from training.quality_configs import PRESETS as QUALITY
@@ -107,3 +110,26 @@ TRAININGS: dict[str, Callable[[Path, Path], Any]] = {
     ),
 }  # fmt: skip
 """Command -> its configuration, of the folder that `prepare` filled and the folder of the run."""
+
+
+def tiny(folder: Path, output: Path, name: str = "regression", **run: Any) -> Any:
+    """Ten steps of four images; validated after 16 and 32 of them, saved after 8, 16, ..."""
+    config = TRAININGS[name](folder, output)
+    return replace(config, run=replace(config.run, **{"keep_every": 0, **run}))
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """What is trained and its average, of the checkpoint of a run."""
+    state = read_checkpoint(output / "checkpoint.pt")
+    return {**state["model"], **{f"average.{key}": value for key, value in state["average"]["values"].items()}}
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs have the same weights to the bit."""
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def stats(output: Path) -> list[dict[str, float]]:
+    """The figures that a run wrote, line by line."""
+    return [json.loads(line) for line in (output / "stats.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ import pytest
 import tyro
 from shared import ROOT
 
+from training.codiff_configs import CoDiffConfig
 from training.command_line import parse
 from training.commands import COMMANDS
 from training.config_checks import ConfigError, Given, Names, leaves, put_in, unknown_name, value_of
@@ -20,7 +21,7 @@ from training.config_files import read_config
 from training.config_options import given_in_options, split_options, written
 from training.config_ranges import RANGES
 from training.config_values import WRONG, convert, convert_words, in_words
-from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
+from training.configs import DataConfig, OptimizerConfig, RunConfig, SDEConfig, ValidationConfig
 from training.degradation import Degradation
 
 
@@ -275,7 +276,8 @@ def test_the_example_of_the_documentation_is_what_is_said(tmp_path: Path, monkey
 @pytest.mark.parametrize(("group", "field"), [(group, field) for group, fields in RANGES.items() for field in fields])
 def test_numbers_out_of_range_are_refused_and_the_ends_of_the_range_are_not(group: str, field: str) -> None:
     """Of the groups whose ranges are checked by the table, both; of one with checks of its own, what lies outside."""
-    config = {kind.__name__: kind() for kind in (DataConfig, OptimizerConfig, ValidationConfig, RunConfig, Degradation)}
+    kinds = (DataConfig, OptimizerConfig, ValidationConfig, RunConfig, SDEConfig, CoDiffConfig, Degradation)
+    config = {kind.__name__: kind() for kind in kinds}
     value, allowed = getattr(config[group], field), RANGES[group][field]
 
     def with_number(number: float) -> Any:
@@ -289,6 +291,23 @@ def test_numbers_out_of_range_are_refused_and_the_ends_of_the_range_are_not(grou
             with_number(number)
     if group != "Degradation":
         with_number(allowed.least)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--network.in-channels=0", "expected channels and a patch size of at least 1"),
+        ("--network.patch-size=0", "expected channels and a patch size of at least 1"),
+        ("--network.dropout=1", "a dropout from 0 to 1"),
+        ("--sde.sigma-min=2", "expected 0 < sigma_min < sigma_max, got 2 and 1"),
+        ("--sde.gamma=0", "expected a number above 0, or null, got 0"),
+        ("--prediction.sigma-data=0", "expected a sigma_data above 0, got 0"),
+    ],
+)
+def test_numbers_that_no_network_can_be_made_of_are_refused_before(option: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("driftrec", ["--preset", "starter", option])
+    assert str(caught.value).startswith(option.partition("=")[0] + ": ") and expected in str(caught.value)
 
 
 def test_several_numbers_out_of_range_are_told_at_once() -> None:

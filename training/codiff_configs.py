@@ -9,6 +9,7 @@ from typing import Literal
 from restoration.networks.cave import CaVEConfig
 from restoration.networks.small_unet import SmallUNetConfig
 from training import degradation as jpeg
+from training.config_ranges import check_ranges
 from training.configs import (
     ONE_STEP_DATA,
     ONE_STEP_OPTIMIZER,
@@ -121,6 +122,7 @@ class CoDiffConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/codiff")))
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         check_timestep("timestep", self.timestep)
         check_precision(self.base, self.run)
         check_discriminator(self.backbone, self.loss.adversarial.discriminator)

@@ -42,6 +42,8 @@ RANGES: dict[str, dict[str, Range]] = {
         "images": _SOME, "batch": _SOME, "accumulate": _SOME, "seed": _ANY, "checkpoint_every": _SOME,
         "checkpoint_minutes": _ANY, "keep_every": _ANY, "keep": _ANY,
     },
+    "SDEConfig": {"t_eps": Range(0, 1, open=True)},
+    "CoDiffConfig": {"most_tokens": _SOME},
     "Degradation": {
         "quality_min": _QUALITY, "quality_max": _QUALITY, "double_quality_min": _QUALITY,
         "double_quality_max": _QUALITY, "webp_quality_min": _QUALITY, "webp_quality_max": _QUALITY,

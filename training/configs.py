@@ -159,6 +159,16 @@ class SDEConfig:
     t_eps: float = 0.01
     """Smallest time that is trained."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {self.sigma_min:g} and "
+                f"{self.sigma_max:g}."
+            )
+        if self.gamma is not None and not self.gamma > 0:
+            raise ValueError(f"gamma: expected a number above 0, or null, got {self.gamma:g}.")
+
     @property
     def drift(self) -> float:
         """`gamma`, resolved."""

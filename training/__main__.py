@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from training.commands import COMMANDS
 from training.failures import explain
@@ -95,6 +95,8 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _train(command: str, arguments: list[str]) -> None:
+    from training.command_line import parse
+
     dry_run, config = parse(command, arguments)
     from training.session import Session
 
@@ -104,13 +106,6 @@ def _train(command: str, arguments: list[str]) -> None:
         print("dry run: nothing was written")
     else:
         session.train()
-
-
-def parse(command: str, arguments: list[str]) -> tuple[bool, Any]:
-    """As `training.command_line.parse`, which is imported only when it is needed."""
-    from training.command_line import parse as parse_line
-
-    return parse_line(command, arguments)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,13 @@ def test_large_sets_are_compared_by_subsets_that_the_generator_chooses():
     assert np.mean(chosen) == pytest.approx(whole, rel=0.2)
 
 
+def test_no_picture_is_twice_in_a_subset():
+    """Then the mean over many subsets is that of the whole sets; a picture beside itself would add its own square."""
+    x, y = 3 * np.eye(6), 3 * np.eye(6)[::-1] + 0.5
+    values = [kid(x, y, subsets=1, subset_size=4, generator=np.random.default_rng(seed)) for seed in range(400)]
+    assert np.mean(values) == pytest.approx(kid(x, y), abs=4 * np.std(values) / 20)
+
+
 def test_sets_that_do_not_fit_are_refused():
     x, y = two_sets(5, 5, 4)
     for measure, name in ((fid, "FID"), (kid, "KID")):

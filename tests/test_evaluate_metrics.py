@@ -127,6 +127,8 @@ def test_given_files_are_measured_with_and_wrong_ones_refused(pair, no_pyiqa, tm
     assert not found["niqe"].reference
     photo = to_tensor(data.astronaut()[:200, :300])
     assert found["niqe"].measure(photo, None) == found["niqe"].measure(photo, 1 - photo)
+    half = find_metrics(MetricFiles(lpips_alex=lpips, vgg16=lpips), CPU, wanted=["lpips_alex", "dists"])
+    assert [missing.reason[:9] for missing in half.missing] == ["give both"] * 2
     for field, file in (("lpips", niqe), ("niqe", lpips), ("inception", lpips)):
         with pytest.raises(ValueError, match=file.name):
             find_metrics(MetricFiles(**{field: file}), CPU)

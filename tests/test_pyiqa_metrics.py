@@ -126,7 +126,7 @@ def test_errors_of_large_pictures_and_of_full_memory_are_not_taken_for_small_pic
     musiq = by_name(find_metrics(MetricFiles(), CPU, wanted=["musiq"]))["musiq"]
     with pytest.raises(NotMeasuredError, match="MUSIQ: pyiqa refuses a picture of 40x300: broken"):
         musiq.measure(torch.zeros(1, 3, 300, 40), None)
-    with pytest.raises(RuntimeError, match="^broken$"):
+    with pytest.raises(RuntimeError, match=r"^broken$"):
         musiq.measure(torch.zeros(1, 3, 300, 300), None)
 
 

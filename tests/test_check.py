@@ -319,3 +319,9 @@ def test_odd_and_broken_files_end_in_findings_alone(tmp_path: Path, recwarn) -> 
         with pytest.raises(DECODE_ERRORS):
             load_image(Path(path))
     assert not [warning for warning in recwarn if "EXIF" in str(warning.message)]
+
+
+def test_the_same_file_many_times_is_found_at_once() -> None:
+    copies = [PictureFacts(Path("x"), fingerprint=5, thumbnail=bytes(768))] * 5000
+    others = [PictureFacts(Path("y"), fingerprint=5, thumbnail=bytes([200]) * 768)]
+    assert find_duplicates([*others, *copies]) == [list(range(1, 5001))]

@@ -15,7 +15,7 @@ _MOST_DIFFERENT = _PARTS - 1
 """Bits in which two versions differ at most: with so many parts, one part of their fingerprints is the same."""
 _NEAR = 6.0
 """Mean difference of two versions' thumbnails, in levels of 255, at most."""
-_MOST_IN_A_BUCKET = 2000
+_MOST_IN_A_BUCKET = 500
 """Of more pictures with the same part, which are flat ones, only so many are compared with each other."""
 
 
@@ -26,9 +26,12 @@ def find_duplicates(facts: Sequence[PictureFacts]) -> list[list[int]]:
     the same.
     """
     parent = list(range(len(facts)))
+    first_like: dict[tuple[int, bytes], int] = {}
+    for number, fact in enumerate(facts):
+        parent[number] = first_like.setdefault((fact.fingerprint, fact.thumbnail), number)
     thumbnails = np.stack([np.frombuffer(fact.thumbnail, np.uint8) for fact in facts]) if facts else np.empty((0, 0))
     prints = np.array([fact.fingerprint for fact in facts], np.uint64)
-    for bucket in _buckets(prints):
+    for bucket in _buckets(np.array(list(first_like.values()), np.int64), prints):
         for place, first in enumerate(bucket[:-1]):
             others = bucket[place + 1 :]
             near = _bits(prints[others] ^ prints[first]) <= _MOST_DIFFERENT
@@ -42,14 +45,14 @@ def find_duplicates(facts: Sequence[PictureFacts]) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _buckets(prints: np.ndarray) -> Iterator[np.ndarray]:
-    """Numbers of the pictures that have one part of their fingerprints in common."""
+def _buckets(numbers: np.ndarray, prints: np.ndarray) -> Iterator[np.ndarray]:
+    """Those of some pictures' numbers that have one part of their fingerprints in common, the likest side by side."""
     edges = np.linspace(0, _BITS, _PARTS + 1).astype(int)
     for low, high in pairwise(edges):
-        part = (prints >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(part, kind="stable")
+        part = (prints[numbers] >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.lexsort((prints[numbers], part))
         _, starts = np.unique(part[order], return_index=True)
-        for bucket in np.split(order, starts[1:]):
+        for bucket in np.split(numbers[order], starts[1:]):
             if len(bucket) > 1:
                 yield from (bucket[at : at + _MOST_IN_A_BUCKET] for at in range(0, len(bucket), _MOST_IN_A_BUCKET))
 

@@ -87,6 +87,6 @@ def _of_tuple(arguments: tuple[Any, ...]) -> dict[str, Any]:
     if arguments[-1] is Ellipsis:
         return {"type": "array", "items": of_type(arguments[0])}
     return {
-        "type": "array", "prefixItems": [of_type(kind) for kind in arguments], "items": False,
+        "type": "array", "prefixItems": [of_type(kind) for kind in arguments],
         "minItems": len(arguments), "maxItems": len(arguments),
     }  # fmt: skip

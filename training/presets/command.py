@@ -33,8 +33,10 @@ def run(arguments: list[str]) -> int:
         print(make_table())
     elif options.what == "show":
         print(_shown(options.names), end="")
-    else:
+    elif options.what == "schema":
         print(_schema(options.names))
+    else:
+        raise ValueError(_unknown(options.what, options.names))
     return 0
 
 
@@ -43,9 +45,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m training presets", description=_DESCRIPTION, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("what", nargs="?", choices=["show", "schema"])
+    parser.add_argument("what", nargs="?", metavar="{show,schema}")
     parser.add_argument("names", nargs="*", metavar="NAME", help="a command and, after show, a preset")
     return parser
+
+
+def _unknown(what: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(what.lower(), ("show", "schema"), n=1, cutoff=0.5)
+    meant = f"show {' '.join([what, *names])}" if what in COMMANDS else near[0] if near else None
+    return f"expected show, schema or nothing, got {what!r}" + (f"; did you mean {meant}?" if meant else ".")
 
 
 def _shown(names: list[str]) -> str:

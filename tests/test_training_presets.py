@@ -151,7 +151,7 @@ def test_one_preset_is_shown(run) -> None:
         (["show"], "expected a command and a preset after show, got none."),
         (["schema"], "expected one command after schema, got none."),
         (["sow", "driftrec"], "expected show, schema or nothing, got 'sow'; did you mean show?"),
-        (["driftrec", "starter"], "expected show, schema or nothing, got 'driftrec'; did you mean show driftrec starter?"),
+        (["driftrec", "starter"], "got 'driftrec'; did you mean show driftrec starter?"),
         (["schema", "restore"], "expected a command, got 'restore'"),
     ],
 )  # fmt: skip

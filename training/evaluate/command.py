@@ -18,7 +18,7 @@ from training.evaluate.examples import Example, Examples, choosing_metric
 from training.evaluate.metrics import Metrics, find_metrics
 from training.evaluate.options import EvaluateOptions
 from training.evaluate.pictures import Source, find_sources
-from training.evaluate.protocols import PICTURE_PROTOCOLS, conditions_of
+from training.evaluate.protocols import ALSO_MEASURED, PICTURE_PROTOCOLS, conditions_of
 from training.evaluate.published import published_rows, to_plain
 from training.evaluate.report.page import to_html
 from training.evaluate.results import MetricFacts, Results, Row
@@ -131,7 +131,8 @@ def _parts(options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], loadin
 
 def _metrics(options: EvaluateOptions, device: torch.device) -> Metrics:
     """What can be measured; without clean pictures only what needs none."""
-    metrics = find_metrics(options.files, device, wanted=options.metrics or None)
+    also = [name for protocol in options.protocol for name in ALSO_MEASURED.get(protocol, ())]
+    metrics = find_metrics(options.files, device, wanted=options.metrics or None, also=() if options.metrics else also)
     if options.data is not None:
         return metrics
     return dataclasses.replace(

@@ -53,8 +53,8 @@ PICTURE_PROTOCOLS = {
     ),
 }
 """Protocols that measure restored pictures."""
-SEEING_PROTOCOLS = ("quality", "embeddings")
-"""Protocols that ask what networks see in compressed pictures."""
+ALSO_MEASURED = {"double": ("ssim_9",)}
+"""Protocol -> metrics that its published figures are in, beside the usual ones."""
 
 
 def conditions_of(protocol: str, options: EvaluateOptions) -> list[Condition]:

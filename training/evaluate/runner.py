@@ -130,7 +130,9 @@ class Runner:
 
     def _features(self, image: Tensor) -> dict[str, np.ndarray]:
         """What metrics of sets see in a picture; a network that several share runs once."""
-        seen = {metric.features: metric.features(image) for metric in self.metrics.sets}
+        seen = {
+            function: function(image) for function in dict.fromkeys(metric.features for metric in self.metrics.sets)
+        }
         return {metric.name: seen[metric.features] for metric in self.metrics.sets}
 
     def _degraded(self, source: Source, condition: Condition) -> Degraded | None:

@@ -98,8 +98,12 @@ def _train(command: str, arguments: list[str]) -> None:
     from training.command_line import parse
 
     dry_run, config = parse(command, arguments)
+    from restoration.devices import accelerator_available
+    from training.allocator import keep_freed_memory
     from training.session import Session
 
+    if not accelerator_available():
+        keep_freed_memory()
     session = Session(command, config)
     session.describe()
     if dry_run:

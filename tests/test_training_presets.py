@@ -115,9 +115,9 @@ def test_the_list_has_every_preset_and_says_where_its_numbers_come_from(run) -> 
         found[command, cells[0]] = cells
         assert f"{COMMANDS[command].presets()[cells[0]].run.images:,}" in cells
     assert list(found) == _PRESETS
-    assert found["driftrec", "starter"][3:9] == ["0.22", "GiB", "a", "60", "min", "c"]
+    assert found["driftrec", "starter"][3:9] == ["0.22", "GiB", "a", "60", "min", "d"]
     assert found["prior", "paper"][3:7] == ["1,393", "GiB", "a", "-"]
-    assert found["codiff", "24gb"][3:7] == ["17.5", "GiB", "a", "-"]
+    assert found["codiff", "24gb"][3:7] == ["19.8", "GiB", "c", "-"]
     assert all(f"\n{mark}: {said}." in printed for mark, said in NOTES.items())
 
 

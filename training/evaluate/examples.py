@@ -19,9 +19,9 @@ from training.evaluate.metrics import Metric
 from training.evaluate.pictures import Degraded
 from training.evaluate.store import Measurement
 
-_SIDE = 640
+_SIDE = 560
 """Larger pictures are shown by a square in their middle: shrunk, they would not show what happened."""
-_WEBP_QUALITY = 92
+_WEBP_QUALITY = 85
 _NAME = "examples"
 _PREFERRED = ("lpips_alex", "lpips_squeeze", "psnr", "niqe", "bef")
 

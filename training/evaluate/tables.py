@@ -57,7 +57,7 @@ def arrow(metric: MetricFacts) -> str:
 def _table(results: Results, protocol: str) -> str:
     rows = [row for row in results.rows if row.protocol == protocol]
     metrics = columns_of(results, protocol)
-    with_evaluations = any(row.evaluations for row in rows)
+    with_evaluations = any((row.evaluations or 0) > 1 for row in rows)
     head = ["condition", "restorer", *(f"{metric.label} {arrow(metric)}" for metric in metrics), "s a picture"]
     head += ["evaluations"] if with_evaluations else []
     body = []

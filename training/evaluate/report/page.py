@@ -66,7 +66,7 @@ def _protocol(results: Results, protocol: str) -> str:
 def _table(results: Results, protocol: str) -> str:
     rows = [row for row in results.rows if row.protocol == protocol]
     metrics = columns_of(results, protocol)
-    evaluations = any(row.evaluations for row in rows)
+    evaluations = any((row.evaluations or 0) > 1 for row in rows)
     heads = ["condition", "restorer", *(f"{metric.label} {arrow(metric)}" for metric in metrics), "s a picture"]
     heads += ["evaluations"] if evaluations else []
     body: list[str] = []

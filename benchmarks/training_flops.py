@@ -79,7 +79,7 @@ def stage_two(name: str, config: Any) -> dict[str, float]:
 
     generator, crop = torch.Generator(), config.data.crop
     seer: Any = CaVE(CaVEConfig(), decoder=False) if name == "codiff" else SAIPE(SAIPEConfig())
-    seer.to("meta")
+    seer.to("meta").requires_grad_(False)
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**FULL_UNET), AutoencoderKL(**VAE)  # type: ignore[arg-type]
         features = vgg16().features[:30].requires_grad_(False)

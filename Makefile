@@ -2,6 +2,7 @@
 PYTHON ?= python3
 IMAGE ?=
 RESTORER ?=
+JOBS ?= 2
 VENV_PYTHON := .venv/bin/python
 ifeq ($(OS),Windows_NT)
 VENV_PYTHON := .venv/Scripts/python.exe
@@ -15,8 +16,8 @@ setup:  ## make .venv and put a pinned ComfyUI beside it (COMFYUI_DIR=... uses a
 demo: setup  ## restore IMAGE=photo.jpg (or a sample) in ComfyUI; writes demo/restored.png and demo/before_after.png
 	@$(VENV_PYTHON) tools/demo.py $(if $(IMAGE),--image "$(IMAGE)") $(if $(RESTORER),--restorer "$(RESTORER)")
 
-test: setup  ## all tests but the slow ones
-	@$(VENV_PYTHON) -m pytest tests -m "not slow"
+test: setup  ## all tests but the slow ones, in JOBS processes
+	@$(VENV_PYTHON) -m pytest tests -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: setup  ## the slow tests
 	@$(VENV_PYTHON) -m pytest tests -m slow

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 
 # Before torch: threads that wait by spinning make everything many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes that share the machine, and what they start
+    cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 
 import pytest
 import torch

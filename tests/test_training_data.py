@@ -304,7 +304,7 @@ def test_workers_leave_the_first_sigterm_to_the_trainer(folder):
     """It often goes to every process of a group; a second one ends a worker, as what ends hanging ones needs it to."""
     alone = [batch["degraded"] for batch in make_loader(dataset(folder, 32), IndexSampler(0, 40), 4)]
     loader = iter(make_loader(dataset(folder, 32), IndexSampler(0, 40), 4, 2, prefetch=1))
-    batches = [next(loader)]
+    batches = [next(loader), next(loader)]  # both workers have begun
     workers = loader._workers
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)

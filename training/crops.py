@@ -79,7 +79,15 @@ def _augmented(window: np.ndarray, settings: CropSettings, rng: np.random.Genera
         window = window[:, ::-1]
     if settings.rotations:
         window = np.rot90(window, turns)
-    return np.ascontiguousarray(window)
+    return _laid_out(window)
+
+
+def _laid_out(window: np.ndarray) -> np.ndarray:
+    """The same in an order of memory of its own; channel by channel, which numpy copies several times faster."""
+    copy = np.empty(window.shape, window.dtype)
+    for channel in range(window.shape[2]):
+        copy[..., channel] = window[..., channel]
+    return copy
 
 
 def _random_resized_crop(picture: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

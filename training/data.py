@@ -229,4 +229,9 @@ class _PictureCache:
 
 
 def _to_tensor(picture: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32) / np.float32(255)).contiguous()
+    """(3, H, W) in [0, 1] of (H, W, 3) bytes."""
+    planes = np.empty((picture.shape[2], *picture.shape[:2]), np.float32)
+    for channel, plane in enumerate(planes):
+        plane[...] = picture[..., channel]
+    planes /= np.float32(255)
+    return torch.from_numpy(planes)

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 from shared import ROOT
 
-from training.command_line import parse
 from training.checkpoint import write_checkpoint
+from training.command_line import parse
 from training.commands import COMMANDS
 from training.config_files import ConfigError, read_config, to_plain, to_yaml
 from training.configs import PRESETS

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -179,6 +181,9 @@ def make_loader(
     prefetch: int = 4,
 ) -> DataLoader[dict[str, Any]]:
     """A loader of whole batches in the sampler's order; it draws nothing from torch's global random state."""
+    if workers:
+        atexit.unregister(_kill_leftovers)
+        atexit.register(_kill_leftovers)
     return DataLoader(
         dataset,
         batch_size=batch_per_rank,
@@ -194,9 +199,17 @@ def make_loader(
 def _leave_stopping_to_the_trainer(_: int) -> None:
     """Ctrl-C, and often SIGTERM, reach every process of a group; the trainer alone decides when to stop, and ends its
     workers by telling them. They also end when it is gone, as torch's workers look for their parent while they wait.
-    A second SIGTERM ends a worker that hangs: torch and Python send one to what is left when the trainer ends."""
+    A second SIGTERM ends a worker that hangs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_at_the_next)
+
+
+def _kill_leftovers() -> None:
+    """At the end of the trainer: workers of loaders that an error has left behind. Python would send each the one
+    SIGTERM that it ignores, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _end_at_the_next(number: int, _: FrameType | None) -> None:

@@ -244,7 +244,7 @@ class _PictureCache:
 def _to_tensor(picture: np.ndarray) -> torch.Tensor:
     """(3, H, W) in [0, 1] of (H, W, 3) bytes."""
     planes = np.empty((picture.shape[2], *picture.shape[:2]), np.float32)
-    for channel, plane in enumerate(planes):
-        plane[...] = picture[..., channel]
+    for channel in range(len(planes)):
+        planes[channel] = picture[..., channel]
     planes /= np.float32(255)
     return torch.from_numpy(planes)

@@ -52,13 +52,14 @@ def _facts(results: Results) -> str:
 def _protocol(results: Results, protocol: str) -> str:
     rows = [row for row in results.rows if row.protocol == protocol]
     told = PICTURE_PROTOCOLS[protocol]
-    published = results.published.get(protocol, [])
-    note = "<p class=note>Lines in italics are figures that papers printed for the same pictures.</p>" * bool(published)
+    table = _table(results, protocol)
+    note = "<p class=note>Lines in italics are figures that papers printed for the same pictures.</p>"
+    note *= "<tr class=published>" in table
     kind = kind_of(protocol)
     plots = [plot_metric(rows, metric, kind) for metric in columns_of(results, protocol)] if kind else []
     figures = "".join(f"<figure>{plot}</figure>" for plot in plots if plot)
     return (
-        f"<section><h2>{escape(told.title)}</h2><p>{escape(told.about)}</p>{_table(results, protocol)}{note}"
+        f"<section><h2>{escape(told.title)}</h2><p>{escape(told.about)}</p>{table}{note}"
         f"<div class=plots>{figures}</div></section>"
     )
 

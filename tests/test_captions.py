@@ -18,7 +18,8 @@ from PIL import Image
 from shared import ROOT
 
 from training.captions import CaptionedCrop, CaptionError, cut_crop, draw_crop, read_captions, read_texts
-from training.prepare import CaptionSettings, run, write_captions
+from training.prepare import run
+from training.prepare.captions import CaptionSettings, write_captions
 
 SETTINGS = CaptionSettings(model="fake", crop=32)
 

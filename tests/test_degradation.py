@@ -229,3 +229,114 @@ def test_wrong_settings_and_pictures_are_refused_in_words(crop):
         compress(crop, 50, decoder="browser")
     with pytest.raises(ValueError, match="larger than its margin"):
         degrade(crop[:10], Degradation(), generator(), margin=15)
+
+
+def _reference_of_the_earlier(crop, first):
+    """The earlier compression from its description, with Pillow alone, where the grid is not displaced."""
+    height, width = crop.shape[:2]
+    size = (round(width / first["scale"]), round(height / first["scale"]))
+    earlier, buffer = Image.fromarray(crop), io.BytesIO()
+    if earlier.size != size:
+        earlier = earlier.resize(size, Image.Resampling.LANCZOS)
+    options = {"subsampling": first["subsampling"]} if first["codec"] == "jpeg" else {}
+    earlier.save(buffer, first["codec"], quality=first["quality"], **options)
+    decoded = Image.open(buffer).convert("RGB")
+    if decoded.size != (width, height):
+        decoded = decoded.resize((width, height), Image.Resampling[first["filter"].upper()])
+    return np.array(decoded)
+
+
+def test_resizing_and_webp_are_what_the_description_says(crop):
+    law = Degradation(
+        30, 90, double_probability=1.0, resize_probability=0.6, resize_range=(0.5, 2.0), webp_probability=0.4,
+        resize_filters=("nearest", "box", "bicubic"), webp_quality_min=40, webp_quality_max=60,
+    )  # fmt: skip
+    seen = []
+    for seed in range(40):
+        result = degrade(crop, law, generator(seed))
+        first = result.description["first"]
+        expected = compress(_reference_of_the_earlier(crop, first), result.quality)
+        assert np.array_equal(result.image, expected) and np.array_equal(result.clean, crop)
+        seen.append(first)
+    resized = [first for first in seen if first["filter"]]
+    assert {first["filter"] for first in resized} == {"nearest", "box", "bicubic"}
+    assert 15 < len(resized) < 33 and all(0.5 <= first["scale"] <= 2 for first in resized)
+    assert {first["codec"] for first in seen} == {"jpeg", "webp"}
+    assert all(40 <= first["quality"] <= 60 for first in seen if first["codec"] == "webp")
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.8, 1.3])
+def test_what_was_resized_and_displaced_lies_on_the_clean_crop(scale):
+    """On a smooth picture at quality 100 the pair differs by little, unless one of the two was moved: half a pixel
+    would be seen."""
+    rows, columns = np.mgrid[:120, :130]
+    waves = 128 + 60 * np.sin(columns / 9) + 50 * np.cos(rows / 7)
+    crop = np.repeat(waves[..., None], 3, axis=2).round().astype(np.uint8)
+    law = Degradation(
+        100, 100, {"4:4:4": 1.0}, 1.0, 100, 100, shift=True, resize_probability=1.0, resize_range=(scale, scale),
+        resize_filters=("bicubic",),
+    )  # fmt: skip
+    moved = np.abs(np.roll(waves, 1, axis=1) - waves)[8:-8, 8:-8].mean() / 2
+    for seed in range(5):
+        result = degrade(crop, law, generator(seed), margin=MAX_SHIFT)
+        error = np.abs(result.image.astype(int) - result.clean)[8:-8, 8:-8].mean()
+        assert error < 0.4 * moved
+
+
+def test_scales_are_uniform_in_their_logarithm(crop):
+    law = Degradation(double_probability=1.0, resize_probability=1.0, resize_range=(0.25, 4.0))
+    small, rng = np.ascontiguousarray(crop[:8, :8]), generator()
+    logs = np.log2([degrade(small, law, rng).description["first"]["scale"] for _ in range(1500)])
+    counts, _ = np.histogram(logs, bins=4, range=(-2, 2))
+    assert abs(counts - 375).max() < 5 * 375**0.5
+
+
+def test_a_gray_crop_stays_gray_through_webp(crop):
+    law = Degradation(grayscale_probability=1.0, double_probability=1.0, webp_probability=1.0)
+    image = degrade(crop, law, generator()).image
+    assert np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("driftrec", set(range(101))),
+        ("codiff_paper", set(range(8, 96))),
+        ("codiff_code", set(range(8, 97))),
+        ("sodiff", set(range(5, 96))),
+        ("ddrm", {5, 10, 30}),
+    ],
+)
+def test_laws_of_the_quality_go_by_the_name_of_the_paper(crop, name, expected):
+    law = Degradation(quality_min=50, quality_max=50, quality_law=name)
+    small, rng = np.ascontiguousarray(crop[:8, :8]), generator()
+    drawn = np.array([degrade(small, law, rng).quality for _ in range(3000)])
+    assert set(drawn) == expected
+    tens = np.isin(drawn, (10, 20, 30, 40, 50, 60)).mean()
+    assert abs(tens - (0.75 + 0.25 * 6 / 89)) < 0.03 if name == "codiff_code" else name == "ddrm" or tens < 0.1
+
+
+def test_a_law_by_name_draws_what_the_preset_of_that_paper_draws(crop):
+    """So that naming the law in a run's file is the same as naming the preset."""
+    for name, preset in (("driftrec", "paper"), ("codiff_paper", "codiff_paper"), ("sodiff", "sodiff")):
+        for seed in range(5):
+            named = degrade(crop, Degradation(quality_law=name), generator(seed))
+            assert np.array_equal(named.image, degrade(crop, PRESETS[preset], generator(seed)).image)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"resize_range": (0.0, 1.0)}, "resize_range must be"),
+        ({"resize_range": (2.0, 1.0)}, "resize_range must be"),
+        ({"resize_filters": ()}, "resize_filters must be some of"),
+        ({"resize_filters": ("cubic",)}, "resize_filters must be some of"),
+        ({"resize_probability": 2}, "resize_probability must lie"),
+        ({"webp_probability": -1}, "webp_probability must lie"),
+        ({"webp_quality_min": 96}, "webp_quality_min and webp_quality_max"),
+        ({"quality_law": "driftrek"}, "quality_law must be range or one of driftrec"),
+    ],
+)
+def test_wrong_settings_of_resizes_webp_and_laws_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Degradation(**settings)

@@ -23,10 +23,10 @@ from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.networks.sd21_layers import codiff_unet_targets, codiff_vae_targets
 from restoration.prompts import CaVEPrompt
 from restoration.restorer_file import RestorerFileError, read_restorer, write_restorer
-from training.__main__ import parse
 from training.base_models import BaseModel, BaseModelError, load_base, lora_layers
 from training.checkpoint import read_checkpoint
 from training.codiff_configs import PRESETS, AdversarialConfig, CoDiffConfig, CoDiffLossConfig
+from training.command_line import parse
 from training.losses import PerceptualConfig
 from training.one_step_configs import BaseConfig, LoRAConfig
 from training.session import Session

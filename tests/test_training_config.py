@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 from shared import ROOT
 
-from training.__main__ import parse
 from training.checkpoint import write_checkpoint
+from training.command_line import parse
 from training.commands import COMMANDS
 from training.config_files import ConfigError, read_config, to_plain, to_yaml
 from training.configs import PRESETS
@@ -79,11 +79,11 @@ def test_all_mistakes_of_a_file_are_reported_at_once_with_the_nearest_name(tmp_p
         read_config(path, PRESETS["driftrec"]["paper"])
     message = str(caught.value)
     assert "data.crpo: unknown key, did you mean 'crop'?" in message
-    assert "data.workers: expected int, got 'two'" in message
+    assert "data.workers: expected a whole number, got 'two'" in message
     assert "sde.name: expected one of 'ouve', 'tsdve', 'cosve', got 'foo'" in message
     assert "optimizr: unknown key, did you mean 'optimizer'?" in message
-    assert "run.batch: expected int, got True" in message
-    assert "prediction: DriftRec: expected a prediction of noise or residual" in message
+    assert "run.batch: expected a whole number, got True" in message
+    assert "prediction.kind: DriftRec: expected a prediction of noise or residual" in message
 
 
 def test_the_written_configuration_names_every_field() -> None:

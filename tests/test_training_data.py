@@ -1,16 +1,25 @@
 """Training items depend on seed and index alone; folders with odd and broken files still train, and say so."""
 
+import contextlib
+import hashlib
 import logging
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shared import shared_path
+from shared import ROOT, shared_path
 from skimage import data
 
+from training.crops import CropSettings, draw_pair
 from training.data import IndexSampler, PairDataset, find_images, load_image, make_loader, scan_images
 from training.degradation import PRESETS, Degradation
 
@@ -247,3 +256,114 @@ def test_wrong_options_are_refused_in_words(folder):
         dataset(folder, downscale=(0.5, 1))
     with pytest.raises(ValueError, match="crop must be"):
         dataset(folder, crop=4)
+
+
+def test_a_pair_is_made_again_from_its_picture_and_a_seed(folder):
+    """As the sheet of `check` and docs/data.md say: picture, settings and seed are all that it takes."""
+    items = dataset(folder, degradation=PRESETS["web"], seed=7, downscale=(1.0, 2.0))
+    for index in (0, 5, 31):
+        path, pair = items.pair(index)
+        again = draw_pair(load_image(path), CropSettings(64, PRESETS["web"], downscale=(1.0, 2.0)), [7, 1, index])
+        assert np.array_equal(pair.image, again.image) and np.array_equal(pair.clean, again.clean)
+        assert pair.description == again.description
+        item = items[index]
+        assert item["path"] == str(path) and item["quality"] == pair.quality
+        assert np.array_equal((item["degraded"] * 255).round().byte().permute(1, 2, 0).numpy(), pair.image)
+
+
+def noisy_picture():
+    """Smooth and rough parts from whole numbers alone, the same everywhere."""
+    rows, columns = np.mgrid[:150, :170]
+    rough = np.random.default_rng(1).integers(0, 60, (150, 170, 3))
+    return ((rows[..., None] * [3, 1, 2] + columns[..., None] * [1, 2, 3] + rough) % 256).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "preset, augmentation, expected",
+    [
+        ("paper", "paper", "72239406916105c3"),
+        ("paper", "crop", "0d9bb3f04ad5d27e"),
+        ("wide", "paper", "751694c049e2988b"),
+        ("wide", "crop", "2f6653763b4a150a"),
+        ("codiff_paper", "paper", "e80b691291929b19"),
+        ("codiff_paper", "crop", "ea8c7179a0ec0dc9"),
+        ("codiff_code", "paper", "48d86e9669a31d5a"),
+        ("codiff_code", "crop", "d50b82fe27d25383"),
+    ],
+)
+def test_pairs_are_those_of_the_first_version(preset, augmentation, expected):
+    """Trainings go on across versions: the pixels of pairs stay, bit by bit. The numbers are the first version's."""
+    settings = CropSettings(48, PRESETS[preset], augmentation, downscale=(1.0, 2.0))
+    digest = hashlib.sha256()
+    for index in range(12):
+        pair = draw_pair(noisy_picture(), settings, [3, 1, index])
+        digest.update(pair.clean.tobytes() + pair.image.tobytes() + bytes([pair.quality]))
+    assert digest.hexdigest()[:16] == expected
+
+
+def test_workers_leave_the_first_sigterm_to_the_trainer(folder):
+    """It often goes to every process of a group; a second one ends a worker, as what ends hanging ones needs it to."""
+    alone = [batch["degraded"] for batch in make_loader(dataset(folder, 32), IndexSampler(0, 40), 4)]
+    loader = iter(make_loader(dataset(folder, 32), IndexSampler(0, 40), 4, 2, prefetch=1))
+    batches = [next(loader), next(loader)]  # both workers have begun
+    workers = loader._workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    batches += loader
+    assert all(torch.equal(one, other["degraded"]) for one, other in zip(alone, batches, strict=True))
+    loader = iter(make_loader(dataset(folder, 32), IndexSampler(0, 40), 4, 1, prefetch=1))
+    next(loader)
+    worker = loader._workers[0]
+    with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed; it comes at any moment
+        for _ in range(50):
+            if worker.is_alive():
+                os.kill(worker.pid, signal.SIGTERM)
+                worker.join(0.2)
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGTERM
+
+
+def test_a_loader_that_an_error_left_behind_does_not_keep_the_trainer_from_ending(folder):
+    """Something still holds it when Python ends, as the frames of a traceback do."""
+    script = (
+        "import builtins, sys\n"
+        "from training.data import *\n"
+        "from training.degradation import PRESETS\n"
+        "items = PairDataset(find_images(sys.argv[1]), 32, PRESETS['wide'])\n"
+        "builtins.kept = iter(make_loader(items, IndexSampler(0, 4000), 4, 2))\n"
+        "next(builtins.kept), next(builtins.kept)\n"
+        "type(builtins.kept).__del__ = lambda self: None\n"
+        "raise SystemExit(3)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=ROOT, timeout=60, check=False)
+    assert ended.returncode == 3
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_workers_end_when_the_trainer_was_killed(folder):
+    script = (
+        "import sys, time\n"
+        "from training.data import *\n"
+        "from training.degradation import PRESETS\n"
+        "items = PairDataset(find_images(sys.argv[1]), 32, PRESETS['wide'])\n"
+        "loader = iter(make_loader(items, IndexSampler(0, 4000), 4, 2))\n"
+        "next(loader)\n"
+        "print(*(worker.pid for worker in loader._workers), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, cwd=ROOT) as trainer:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert len(workers) == 2 and all(Path(f"/proc/{pid}").exists() for pid in workers)
+        trainer.kill()
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -2,134 +2,114 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+import difflib
+import importlib
+import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 from training.commands import COMMANDS
+from training.failures import explain
 
-_SUMMARIES = {
-    **{name: command.summary for name, command in COMMANDS.items()},
-    "ablate": "train a method without each of its parts in turn, and compare",
-    "convert": "turn the authors' checkpoints into restorer files",
-    "prepare": "make once what a training needs beside its pictures: captions",
-    "restore": "restore a folder of pictures with a restorer file",
+
+class _Other(NamedTuple):
+    """A command that trains nothing itself.
+
+    Args:
+        summary: What people read in the list.
+        module: Where its `run` is, which takes the arguments and returns the exit status or None.
+    """
+
+    summary: str
+    module: str
+
+
+_OTHERS = {
+    "prepare": _Other("make once what a training needs: captions, shards", "training.prepare.command"),
+    "check": _Other("look at data, configuration, memory and disk before a training", "training.check.command"),
+    "convert": _Other("turn the authors' checkpoints into restorer files", "training.convert"),
+    "evaluate": _Other("measure restorer files on pictures, with a report", "training.evaluate.command"),
+    "restore": _Other("restore a folder of pictures with a restorer file", "training.restore.command"),
+    "presets": _Other("list the presets, write one as a file to edit", "training.presets.command"),
+    "ablate": _Other("train a method without each of its parts in turn, and compare", "training.ablate"),
+}
+_SECTIONS = {
+    "before a training": ("prepare", "check"),
+    "train": tuple(COMMANDS),
+    "afterwards": ("convert", "evaluate", "restore"),
+    "besides": ("presets", "ablate"),
 }
 
 
 def main() -> int:
-    """Run one command; user errors end with one message and exit status 2."""
-    if len(sys.argv) < 2 or sys.argv[1] not in _SUMMARIES:
-        known = "\n".join(f"  {name:<12}{text}" for name, text in _SUMMARIES.items())
-        asked_for_help = len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help")
-        print("usage: python -m training COMMAND [--preset NAME] [--config FILE.yaml] [--dry-run] [options]\n")
-        print(known)
-        print("\npython -m training COMMAND --help lists its options.")
-        if not asked_for_help:
-            print(f"\nexpected a command of the list, got {sys.argv[1]!r}.", file=sys.stderr)
-        return 0 if asked_for_help else 2
-    command, arguments = sys.argv[1], sys.argv[2:]
-    try:
-        return _run(command, arguments)
-    except KeyboardInterrupt:
-        print(f"training {command}: stopped; repeat the command to go on from the last checkpoint", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        print(
-            f"training {command}: {error}. Install what the trainer needs: pip install -e '.[training]'",
-            file=sys.stderr,
-        )
+    """Run one command; what goes wrong ends with one message and an exit status above 0."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS and command not in _OTHERS:
+        print(_unknown(command), file=sys.stderr)
         return 2
+    try:
+        return _run(command, rest)
+    except KeyboardInterrupt:
+        goes_on = "; repeat the command to go on from the last checkpoint" if command in COMMANDS else ""
+        print(f"training {command}: stopped{goes_on}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `python -m training presets | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        ending = explain(error, command, trains=command in COMMANDS or command == "ablate")
+        if ending is None:
+            raise
+        print(f"training {command}: {ending.sentence}", file=sys.stderr)
+        return ending.status
+
+
+def _overview() -> str:
+    summaries = {name: row.summary for name, row in (COMMANDS | _OTHERS).items()}
+    lines = ["usage: python -m training COMMAND [--preset NAME] [--config FILE.yaml] [--dry-run] [options]"]
+    for section, names in _SECTIONS.items():
+        lines += ["", f"{section}:", *(f"  {name:<12}{summaries[name]}" for name in names)]
+    return "\n".join([*lines, "", "python -m training COMMAND --help lists its options."])
+
+
+def _unknown(command: str) -> str:
+    known = [name for names in _SECTIONS.values() for name in names]
+    near = difflib.get_close_matches(command.lower(), known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(known)}."
+    return (
+        f"training: expected a command of the list, got {command!r}. {hint} `python -m training` says what each does."
+    )
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from training.checkpoint import CheckpointError
-    from training.loop import TrainingStoppedError
-    from training.run_folder import RunFolderError
-
-    try:
-        if command in COMMANDS:
-            _train(command, arguments)
-        elif command == "ablate":
-            from training.ablate import run as ablate
-
-            ablate(arguments)
-        elif command == "prepare":
-            from training.prepare import run as prepare
-
-            prepare(arguments)
-        elif command == "restore":
-            from training.restore.command import run as restore
-
-            return restore(arguments)
-        else:
-            from training.convert import run as convert
-
-            convert(arguments)
-    except (ValueError, FileNotFoundError, CheckpointError, TrainingStoppedError, RunFolderError) as error:
-        print(f"training {command}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if command in COMMANDS:
+        _train(command, arguments)
+        return 0
+    run: Callable[[list[str]], int | None] = importlib.import_module(_OTHERS[command].module).run
+    return run(arguments) or 0
 
 
 def _train(command: str, arguments: list[str]) -> None:
+    from training.command_line import parse
+
     dry_run, config = parse(command, arguments)
+    from restoration.devices import accelerator_available
+    from training.allocator import keep_freed_memory
     from training.session import Session
 
+    if not accelerator_available():
+        keep_freed_memory()
     session = Session(command, config)
     session.describe()
     if dry_run:
         print("dry run: nothing was written")
     else:
         session.train()
-
-
-def parse(command: str, arguments: list[str]) -> tuple[bool, Any]:
-    """The configuration from `--preset`, then `--config`, then the other options, each over the one before.
-
-    Returns:
-        Whether this is a dry run, and the configuration.
-    """
-    import tyro
-
-    from training.config_files import read_config
-
-    presets = COMMANDS[command].presets()
-    first = argparse.ArgumentParser(prog=f"python -m training {command}", add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(presets), default="paper")
-    first.add_argument("--config", type=Path)
-    known, _ = first.parse_known_args(arguments)
-    default = presets[known.preset]
-    if known.config is not None:
-        default = read_config(known.config, default)
-    line = tyro.cli(
-        _line_type(default, presets), prog=f"python -m training {command}", args=arguments,
-        description=f"{COMMANDS[command].summary}. Repeating a command goes on where it stopped.",
-        config=(tyro.conf.AvoidSubcommands,),
-    )  # fmt: skip
-    return line.dry_run, line.settings
-
-
-def _line_type(default: Any, presets: dict[str, Any]) -> Any:
-    """The type of what a command line says: the options that choose the defaults, and those of the configuration."""
-    import tyro
-
-    rows = "; ".join(f"{name}: {row.run.images:,} images to {row.run.output}" for name, row in presets.items())
-    preset = tyro.conf.arg(metavar="{" + ",".join(presets) + "}", help=f"Chooses the defaults. {rows}.")
-    config = tyro.conf.arg(metavar="FILE.yaml", help="Changes the defaults, e.g. a run's config.yaml.")
-    dry_run = tyro.conf.arg(help="Print what would be done, and write nothing.")
-    return dataclasses.make_dataclass(
-        "Line",
-        [
-            ("preset", Annotated[str, preset], "paper"),
-            ("config", Annotated[Path | None, config], None),
-            ("dry_run", Annotated[bool, tyro.conf.FlagCreatePairsOff, dry_run], False),
-            ("settings", Annotated[type(default), tyro.conf.arg(name="")], dataclasses.field(default=default)),
-        ],
-        frozen=True,
-    )
 
 
 if __name__ == "__main__":

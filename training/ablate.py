@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> None:
         ValueError: A row is unknown, or needs what was not given.
     """
     own, others = _parse(arguments)
-    from training.__main__ import parse
+    from training.command_line import parse
 
     dry_run, config = parse("sodiff", others)
     configs = variants(config, own.rows, own.unaligned)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
@@ -156,6 +158,11 @@ def _check(
         raise BaseModelError(
             f"{path}: its {part} is not that of {advice.name} ({'; '.join(differing)}). {advice.other}"
         )
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The residual and the attention blocks of a UNet or a VAE: nearly all of its weights."""
+    return [module for module in network.modules() if isinstance(module, (ResnetBlock2D, Transformer2DModel))]
 
 
 def unet_targets(unet: nn.Module) -> list[str]:

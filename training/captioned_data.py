@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from training.captions import DEFAULT_NAME, CaptionedCrop, CaptionError, cut_crop, read_captions, read_texts
 from training.configs import DataConfig
-from training.data import DECODE_ERRORS, PairDataset, find_images
-from training.degradation import degrade
+from training.data import PairDataset, find_images
+from training.degradation import DegradedCrop, degrade
 from training.text_states import TextStates
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,7 @@ class _Captioned(PairDataset):
         super().__init__(
             paths, data.crop, data.degradation, seed=seed, augmentation=data.augmentation, flips=data.flips,
             rotations=data.rotations, downscale=data.downscale, cache_mb=data.cache_mb,
+            shuffle_shards=data.shuffle_shards,
         )  # fmt: skip
         self.states = states
 
@@ -133,39 +130,20 @@ class CaptionedCrops(_Captioned):
         self.crops = list(crops)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number, picture = self._crop(index)
+        number, pair = self._numbered_pair(index)
+        return {**self._item(index, self.paths[number], pair), "text": self.states[self.crops[number].caption]}
+
+    def pair(self, index: int) -> tuple[Path, DegradedCrop]:
+        number, pair = self._numbered_pair(index)
+        return self.paths[number], pair
+
+    def _numbered_pair(self, index: int) -> tuple[int, DegradedCrop]:
+        number, picture = self._decoded(index)
         crop, margin = self.crops[number], self.degradation.margin
         left, top, right, bottom = crop.box
         window = cut_crop(picture, (left - margin, top - margin, right, bottom))
         law = replace(
-            self.degradation, quality_min=crop.quality, quality_max=crop.quality, choice_probability=0.0
+            self.degradation, quality_law="range", quality_min=crop.quality, quality_max=crop.quality,
+            choice_probability=0.0,
         )  # fmt: skip
-        pair = degrade(window, law, np.random.default_rng([self.seed, 1, index]), margin=margin)
-        return {
-            "clean": _tensor(pair.clean),
-            "degraded": _tensor(pair.image),
-            "quality": torch.tensor(float(pair.quality)),
-            "index": index,
-            "path": str(self.paths[number]),
-            "text": self.states[crop.caption],
-        }
-
-    def _crop(self, index: int) -> tuple[int, np.ndarray]:
-        """Which crop this index has, and its picture; where that cannot be decoded, those of the next in the epoch."""
-        epoch, position = divmod(index, len(self.crops))
-        if self._permutation[0] != epoch:
-            order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.crops))
-            self._permutation = (epoch, order)
-        for step in range(len(self.crops)):
-            number = int(self._permutation[1][(position + step) % len(self.crops)])
-            if number not in self._broken:
-                try:
-                    return number, self._cache.load(self.paths[number])
-                except DECODE_ERRORS as error:
-                    self._broken.add(number)
-                    logger.warning("skipping %s, which cannot be decoded: %s", self.paths[number], error)
-        raise RuntimeError(f"none of the {len(self.crops)} captioned crops can be decoded, e.g. of {self.paths[0]}")
-
-
-def _tensor(picture: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32) / np.float32(255)).contiguous()
+        return number, degrade(window, law, np.random.default_rng([self.seed, 1, index]), margin=margin)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from training.shards import read_beside
+
 DEFAULT_NAME = "captions.jsonl"
 """Where captions of a folder's pictures are written to, and looked for, when nothing else is said: in that folder."""
 
@@ -151,13 +153,13 @@ def read_texts(paths: Iterable[Path]) -> dict[Path, str]:
     """
     texts: dict[Path, str] = {}
     for path in paths:
-        beside = path.with_suffix(".txt")
-        if not beside.is_file():
+        data = read_beside(path, ".txt")
+        if data is None:
             continue
         try:
-            text = one_line(beside.read_text(encoding="utf-8-sig"))
+            text = one_line(data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise CaptionError(f"{beside}: expected UTF-8 text. Save it as UTF-8.") from error
+            raise CaptionError(f"{path.with_suffix('.txt')}: expected UTF-8 text. Save it as UTF-8.") from error
         if text:
             texts[path] = text
     return texts

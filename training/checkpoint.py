@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from training.files import replace_file
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or used; the message says why."""
+    """A checkpoint cannot be written or used; the message says why.
+
+    Args:
+        message: What happened, and what to do.
+        filename: What could not be written.
+    """
+
+    def __init__(self, message: str, filename: str | None = None) -> None:
+        super().__init__(message)
+        self.filename = filename
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -22,18 +32,40 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: The disk is full or not writable; the checkpoint before it is untouched.
     """
-    temporary = path.with_suffix(".part")
     try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, lambda file: _save(state, file), flush=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
-            f"cannot write {path}: {error}. The checkpoint before it is whole; free some space."
+            f"cannot write {path}: {error}. The checkpoint before it is whole; free some space and repeat the command.",
+            str(path),
         ) from error
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save, which does not stand a file that fails: it is told of nothing until it is done."""
+    sink = _Sink(file)
+    torch.save(state, sink)  # type: ignore[arg-type]
+    if sink.error is not None:
+        raise sink.error
+
+
+class _Sink:
+    """Writes to a file up to its first error, which it keeps."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """The caller flushes."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -45,7 +77,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint ({error}). Remove it to start anew.") from error
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is not a whole checkpoint ({reason}). Remove it to start anew.") from error
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:

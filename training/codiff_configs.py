@@ -9,6 +9,7 @@ from typing import Literal
 from restoration.networks.cave import CaVEConfig
 from restoration.networks.small_unet import SmallUNetConfig
 from training import degradation as jpeg
+from training.config_ranges import check_ranges
 from training.configs import (
     ONE_STEP_DATA,
     ONE_STEP_OPTIMIZER,
@@ -121,6 +122,7 @@ class CoDiffConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output=Path("runs/codiff")))
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         check_timestep("timestep", self.timestep)
         check_precision(self.base, self.run)
         check_discriminator(self.backbone, self.loss.adversarial.discriminator)
@@ -192,4 +194,5 @@ PRESETS = {
 0.002, to the size of CaVE's; 200 those of chroma, some 0.0002.
 `24gb`, `12gb`: `paper` on one card, 8 pictures at a time, everything frozen in bfloat16; `12gb` computes activations
 twice. Not measured on such cards, but counted from the shapes of all tensors that are alive at once: 17.5 and 7.4 GiB
-(22 for 8 pictures of `paper`), to which CUDA adds one or two. Optimisers in 8 bits would save 0.4."""
+(22 for 8 pictures of `paper`), and in a later count, with the losses' own networks, 19.8 and 8.5; CUDA adds one or two.
+Optimisers in 8 bits would save 0.4."""

@@ -131,16 +131,16 @@ def _prior(config: Any) -> Task:
 
 
 COMMANDS = {
-    "driftrec": Command("train a DriftRec score network", _driftrec_presets, _driftrec),
-    "regression": Command("train its baseline: the same network, one evaluation", _regression_presets, _regression),
-    "prior": Command("train a prior for DDRM: a network that knows pictures in general", _prior_presets, _prior),
     "cave": Command("train CaVE, CODiff's first stage: the embedder of JPEG artefacts", _cave_presets, _cave),
-    "codiff": Command("train CODiff's second stage: SD 2.1 or a small UNet, guided by CaVE", _codiff_presets, _codiff),
     "saipe": Command("train SAIPE, SODiff's first stage: prompts seen in the picture", _saipe_presets, _saipe),
+    "codiff": Command("train CODiff's second stage: SD 2.1 or a small UNet, guided by CaVE", _codiff_presets, _codiff),
     "sodiff": Command(
         "train SODiff's second stage: SD 2.1 or a small UNet, guided by SAIPE",
         _sodiff_presets,
         _sodiff,
     ),
+    "driftrec": Command("train a DriftRec score network", _driftrec_presets, _driftrec),
+    "regression": Command("train its baseline: the same network, one evaluation", _regression_presets, _regression),
+    "prior": Command("train a prior for DDRM: a network that knows pictures in general", _prior_presets, _prior),
     "quality": Command("train SODiff's predictor to tell the JPEG quality alone", _quality_presets, _quality),
 }

@@ -1,45 +1,51 @@
-"""Reading a configuration from YAML, strictly: every unknown key and wrong value is reported, all at once."""
+"""Configurations in YAML, read strictly: every unknown key and wrong value is reported, all at once."""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import difflib
-import types
-import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
+from training.config_checks import ConfigError, Given, Names, config_error, is_group, leaves, put_in, unknown_name
+from training.config_values import WRONG, convert, wrong_value
+
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A configuration is not valid; the message lists everything that is wrong with it."""
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How files begin that Windows PowerShell wrote."""
 
 
 def read_config(path: Path, default: T) -> T:
     """The configuration `default` with the values of a YAML file put in.
 
     Raises:
-        ConfigError: The file cannot be read, or has unknown keys or values of a wrong type. All of them are named.
+        ConfigError: The file cannot be read, has unknown keys or values of a wrong type, gives a key twice, or values
+            that do not go together. All of that is named.
+    """
+    problems: list[str] = []
+    config = put_in(default, given_in_file(path, default, problems), problems)
+    if problems:
+        raise config_error(problems)
+    return config
+
+
+def given_in_file(path: Path, config: Any, problems: list[str]) -> list[Given]:
+    """What a YAML file gives for a configuration.
+
+    Args:
+        path: The file.
+        config: The configuration that it is for, for names and types.
+        problems: Takes a sentence for everything in the file that is wrong by itself.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: expected UTF-8 text, got the byte {error.object[error.start]:#04x} at position {error.start}. "
-            "Save it as UTF-8."
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    problems: list[str] = []
-    config = _merge(default, {} if values is None else values, "", problems)
-    if problems:
-        raise ConfigError("\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {problem}" for problem in problems)]))
-    return config
+        document = _read(path)
+    except ConfigError as error:
+        problems.append(str(error))
+        return []
+    problems += document.doubled
+    return _Reader(document, config, problems).given({} if document.values is None else document.values, config, ())
 
 
 def to_plain(value: Any) -> Any:
@@ -58,81 +64,99 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
-def _merge(default: Any, values: Any, where: str, problems: list[str]) -> Any:
-    if not isinstance(values, dict):
-        problems.append(f"{where or 'the file'}: expected keys and values, got {values!r}")
-        return default
-    types_by_name = typing.get_type_hints(type(default))
-    known = {field.name for field in dataclasses.fields(default)}
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            problems.append(f"{path}: unknown key, {hint}")
-        elif dataclasses.is_dataclass(current := getattr(default, key)):
-            changes[key] = _merge(current, value, path, problems)
+class _Document(NamedTuple):
+    """A YAML file: its values, the line of each key, and what is said of keys that it gives twice."""
+
+    path: Path
+    values: Any
+    lines: dict[Names, int]
+    doubled: list[str]
+
+    def label(self, names: Names) -> str:
+        """How messages speak of a key."""
+        line = f", line {self.lines[names]}" if names in self.lines else ""
+        return f"{self.path}{line}: {'.'.join(names)}" if names else str(self.path)
+
+
+def _read(path: Path) -> _Document:
+    document = _Document(path, None, {}, [])
+    try:
+        loader = yaml.SafeLoader(_text(path))
+        try:
+            node = loader.get_single_node()
+            _note_lines(node, (), document)
+            return document if node is None else document._replace(values=loader.construct_document(node))
+        finally:
+            loader.dispose()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        said = " ".join(part for part in (error.problem, error.context) if part)
+        raise ConfigError(f"{path}{line}: not valid YAML: {said}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected UTF-8 text, got the byte {data[error.start]:#04x} at position {error.start}. "
+            "Save it as UTF-8."
+        ) from error
+
+
+def _note_lines(node: Any, above: Names, document: _Document) -> None:
+    """Note where each key is, and which are given twice, of which YAML would take the last."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        names, line = (*above, str(key.value)), key.start_mark.line + 1
+        if names in document.lines:
+            document.doubled.append(f"{document.label(names)}: given again in line {line}. Keep one of the two.")
+        document.lines[names] = line
+        if len(names) < _DEEPEST:
+            _note_lines(value, names, document)
+
+
+_DEEPEST = 16
+"""Levels of keys that are looked at; an alias may stand for what it is part of."""
+
+
+class _Reader:
+    """Goes through the values of a file along the groups of a configuration."""
+
+    def __init__(self, document: _Document, config: Any, problems: list[str]) -> None:
+        self.document, self.config, self.problems, self.kinds = document, config, problems, leaves(config)
+
+    def given(self, values: Any, group: Any, above: Names) -> list[Given]:
+        """What the file gives for a group; a group of which everything is commented out gives nothing."""
+        if values is None:
+            return []
+        if not isinstance(values, dict):
+            self._wrong(above, f"expected keys and values, got {values!r}")
+            return []
+        known = {field.name for field in dataclasses.fields(group)}
+        return [one for key, value in values.items() for one in self._one(key, value, group, above, key in known)]
+
+    def _one(self, key: Any, value: Any, group: Any, above: Names, known: bool) -> list[Given]:
+        names = (*above, str(key))
+        if not known:
+            self._wrong(names, f"unknown key, {unknown_name(names, self.config, lambda n: _shown(n, above))}")
+        elif is_group(below := getattr(group, key)):
+            return self.given(value, below, names)
+        elif (converted := convert(self.kinds[names], value)) is WRONG:
+            self._wrong(names, wrong_value(self.kinds[names], value))
         else:
-            changes[key] = _convert(types_by_name[key], value, path, problems)
-    try:
-        return dataclasses.replace(default, **changes)
-    except ValueError as error:
-        problems.append(f"{where or 'the file'}: {error}")
-        return default
+            return [Given(names, converted, self.document.label(names))]
+        return []
+
+    def _wrong(self, names: Names, what: str) -> None:
+        self.problems.append(f"{self.document.label(names)}: {what}")
 
 
-def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    converted = _try_convert(kind, value)
-    if converted is _WRONG:
-        problems.append(f"{path}: expected {_describe(kind)}, got {value!r}")
-    return None if converted is _WRONG else converted
-
-
-_WRONG = object()
-
-
-def _try_convert(kind: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return next((found for option in arguments if (found := _try_convert(option, value)) is not _WRONG), _WRONG)
-    if origin is typing.Literal:
-        return value if value in arguments else _WRONG
-    if origin is tuple:
-        return _try_tuple(arguments, value)
-    if origin is dict:
-        return value if isinstance(value, dict) else _WRONG
-    if kind is type(None):
-        return None if value is None else _WRONG
-    if kind is Path:
-        return Path(value) if isinstance(value, str) else _WRONG
-    if kind is float:
-        return _try_float(value)
-    if kind is int and isinstance(value, bool):
-        return _WRONG
-    return value if isinstance(value, kind) else _WRONG
-
-
-def _try_tuple(arguments: tuple[Any, ...], value: Any) -> Any:
-    if not isinstance(value, (list, tuple)):
-        return _WRONG
-    kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
-    if len(kinds) != len(value):
-        return _WRONG
-    items = [_try_convert(kind, item) for kind, item in zip(kinds, value, strict=True)]
-    return _WRONG if _WRONG in items else tuple(items)
-
-
-def _try_float(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return _WRONG
-    try:
-        return float(value)  # YAML reads 1e-4 as text
-    except ValueError:
-        return _WRONG
-
-
-def _describe(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(repr(option) for option in typing.get_args(kind))
-    return str(kind) if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
+def _shown(names: Names, above: Names) -> str:
+    return repr(names[-1] if names[:-1] == above else ".".join(names))

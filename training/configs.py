@@ -11,6 +11,7 @@ from restoration.diffusion.sde import SDES
 from restoration.networks.cave import CaVEConfig
 from restoration.networks.ncsnpp import NCSNppConfig
 from training import degradation as jpeg
+from training.config_ranges import check_ranges
 from training.degradation import Degradation
 
 
@@ -19,9 +20,9 @@ class DataConfig:
     """Where the pictures come from and what is done to them."""
 
     train: Path = Path("data/train")
-    """Folder of clean pictures, searched with its sub-folders."""
+    """Folder of clean pictures, searched with its sub-folders; or shards, in quotes: "shards-{000..127}.tar"."""
     validation: Path | None = None
-    """Folder of clean pictures for validation; without it some of the training pictures are set aside."""
+    """Folder or shards of clean pictures for validation; without it some of the training pictures are set aside."""
     crop: int = 256
     """Side of the square training crops, pixels."""
     augmentation: Literal["paper", "crop"] = "paper"
@@ -38,6 +39,13 @@ class DataConfig:
     """Processes that prepare crops, for each training process; 0 prepares them in the training process."""
     cache_mb: float = 256
     """Decoded pictures kept by each worker, MB."""
+    shuffle_shards: int = 16
+    """Shards whose pictures are shuffled among each other, and which are open at a time."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.downscale[0] > self.downscale[1]:
+            raise ValueError(f"downscale: expected the smaller factor first, got {list(self.downscale)}.")
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ class OptimizerConfig:
     """Decays of Adam's averages of the gradient and of its square."""
     eight_bit: bool = False
     """Keep those averages in 8 bits, a quarter of the memory; needs bitsandbytes."""
+    fused: bool = False
+    """Take the step in one kernel, which is faster; the last digits differ. CPU, CUDA, Metal and Intel GPUs have it."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,14 @@ class ValidationConfig:
     """Pictures in the before/after grid."""
     lpips: Path | None = None
     """Weights of LPIPS-SqueezeNet (npz); without them LPIPS is not measured."""
+    best: str | None = None
+    """The measure, e.g. psnr, ssim, lpips or quality_error, whose mean over the qualities decides which weights stay
+    as the best; null: the one that suits the training."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.qualities:
+            raise ValueError("qualities: expected at least one, got none.")
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,21 @@ class RunConfig:
     """Licence of the weights, written into the file."""
     half: bool = False
     """Write the restorer file in half precision: half the size, the same pictures to within rounding."""
+    keep_every: int = 0
+    """Images between checkpoints that stay, in the folder `kept`, each with a restorer file of its weights; 0: none."""
+    keep: int = 3
+    """How many of those stay, the newest; 0: all."""
+    wandb: str | None = None
+    """A project of Weights & Biases that shows the figures and pictures as well; needs wandb."""
+    compile: bool = False
+    """Compile the networks (torch.compile): a slow start and faster steps; needs a C++ compiler."""
+    channels_last: bool = False
+    """Lay out pictures and convolutions channel by channel of each pixel, which most GPUs and CPUs work on faster."""
+    fsdp: bool = False
+    """Spread the frozen weights of a base model over the processes of torchrun, to save memory (codiff, sodiff)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -122,6 +158,16 @@ class SDEConfig:
     """Stiffness of the drift; null is the paper's, 2 for tsdve and 1 for the others."""
     t_eps: float = 0.01
     """Smallest time that is trained."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {self.sigma_min:g} and "
+                f"{self.sigma_max:g}."
+            )
+        if self.gamma is not None and not self.gamma > 0:
+            raise ValueError(f"gamma: expected a number above 0, or null, got {self.gamma:g}.")
 
     @property
     def drift(self) -> float:

@@ -1,76 +1,47 @@
-"""Training pairs from a folder of clean pictures: every item is a pure function of the seed and its index."""
+"""Training pairs from clean pictures: every item is a pure function of the seed and its index."""
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
-import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from training.degradation import Degradation, degrade
+from training.crops import CropSettings, draw_pair
+from training.degradation import Degradation, DegradedCrop
+from training.pictures import DECODE_ERRORS, IMAGE_EXTENSIONS, find_images, load_image, scan_images
+from training.shards import shard_of
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises on files that are missing, truncated, broken or not pictures at all."""
+__all__ = [
+    "DECODE_ERRORS",
+    "IMAGE_EXTENSIONS",
+    "IndexSampler",
+    "PairDataset",
+    "epoch_order",
+    "find_images",
+    "load_image",
+    "make_loader",
+    "scan_images",
+]
 
 logger = logging.getLogger(__name__)
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """All pictures below `folder`, sorted by path; an absent folder or one without pictures is an error."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: give the folder that holds the training pictures")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file())
-    if not paths:
-        endings = ", ".join(sorted(IMAGE_EXTENSIONS))
-        raise FileNotFoundError(
-            f"no picture found in {folder}: expected files ending in {endings}, also in sub-folders"
-        )
-    return paths
-
-
-def scan_images(paths: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """Opens each file's header: the readable paths in their order, and the others with a reason."""
-    good: list[Path] = []
-    broken: list[tuple[Path, str]] = []
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                picture.verify()
-        except DECODE_ERRORS as error:
-            broken.append((path, f"{type(error).__name__}: {error}"))
-        else:
-            good.append(path)
-    return good, broken
-
-
-def load_image(path: Path) -> np.ndarray:
-    """Decodes a picture upright (EXIF orientation applied) to (H,W,3) uint8 RGB; transparency is dropped, not blended.
-
-    Pictures of 16 bits a channel are scaled to 8.
-    """
-    with Image.open(path) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I;16"):
-            return np.repeat((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        return np.array(picture.convert("RGB"))
 
 
 class PairDataset(Dataset[dict[str, Any]]):
     """An endless sequence of training pairs over `paths`.
 
     Item `index` (0, 1, 2, ... over the whole run) depends on the seed and the index alone: the epoch `index // n`
-    has its own permutation of the pictures, the index its own crop and degradation. Resuming therefore needs only the
-    number of pictures seen, and the number of workers changes nothing.
+    has its own permutation of the pictures (`epoch_order`), the index its own crop and degradation. Resuming therefore
+    needs only the number of pictures seen, and the number of workers changes nothing.
 
     Item: `clean` and `degraded` float32 (3,crop,crop) in [0,1], `quality` float32 scalar 0..100 (the last
     compression's), `index`, `path`.
@@ -88,37 +59,32 @@ class PairDataset(Dataset[dict[str, Any]]):
         rotations: bool = True,
         downscale: tuple[float, float] = (1.0, 1.0),
         cache_mb: float = 256,
+        shuffle_shards: int = 16,
     ) -> None:
-        """`augmentation` "paper": square of 0.2 to 1 of the picture's area, resized to the crop (DriftRec); flips and
-        rotations apply on top if asked for. "crop": a square at any offset, first shrunk by a factor drawn
-        log-uniformly from `downscale` (1 to any number >= 1, limited by the picture's size). Pictures smaller than the
-        crop are mirrored outwards. `cache_mb` bounds the decoded pictures kept by each worker.
+        """`paths` may lead through shards, of which `shuffle_shards` are shuffled together. What is done to a picture:
+        see `CropSettings`. `cache_mb` bounds the decoded pictures kept by each worker.
         """
         if not paths:
             raise ValueError("PairDataset needs at least one picture, got none: see find_images and scan_images")
-        if crop < 8 or seed < 0:
-            raise ValueError(f"crop must be at least 8 pixels and seed not negative, got crop {crop} and seed {seed}")
-        if augmentation not in ("paper", "crop"):
-            raise ValueError(f"augmentation must be 'paper' or 'crop', got {augmentation!r}")
-        if not 1.0 <= downscale[0] <= downscale[1]:
-            raise ValueError(f"downscale must be (low, high) with 1 <= low <= high, got {downscale}")
+        if seed < 0 or shuffle_shards < 1:
+            raise ValueError(
+                f"seed must not be negative and shuffle_shards at least 1, got {seed} and {shuffle_shards}"
+            )
+        self.settings = CropSettings(crop, degradation, augmentation, flips, rotations, (downscale[0], downscale[1]))
         self.paths = list(paths)
         self.crop = crop
         self.degradation = degradation
         self.seed = seed
-        self.augmentation = augmentation
-        self.flips = flips
-        self.rotations = rotations
-        self.downscale = downscale
+        self.shuffle_shards = shuffle_shards
+        self._shards = _numbered_shards(self.paths)
         self._cache = _PictureCache(int(cache_mb * 2**20))
         self._broken: set[int] = set()
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path, picture = self._picture(index)
-        rng = np.random.default_rng([self.seed, 1, index])
-        window = self._augment(self._window(picture, self.crop + self.degradation.window, rng), rng)
-        pair = degrade(window, self.degradation, rng, margin=self.degradation.margin)
+        return self._item(index, *self.pair(index))
+
+    def _item(self, index: int, path: Path, pair: DegradedCrop) -> dict[str, Any]:
         return {
             "clean": _to_tensor(pair.clean),
             "degraded": _to_tensor(pair.image),
@@ -127,38 +93,58 @@ class PairDataset(Dataset[dict[str, Any]]):
             "path": str(path),
         }
 
-    def _picture(self, index: int) -> tuple[Path, np.ndarray]:
-        """The picture of this index or, where that cannot be decoded, the next one of the epoch's permutation."""
+    def pair(self, index: int) -> tuple[Path, DegradedCrop]:
+        """What item `index` is made of: its picture's path, and the pair in 8 bits with all that was drawn for it."""
+        path, picture = self.picture_of(index)
+        return path, draw_pair(picture, self.settings, [self.seed, 1, index])
+
+    def picture_of(self, index: int) -> tuple[Path, np.ndarray]:
+        """The picture of this index, (H,W,3) uint8, or, where that cannot be decoded, the next one of its epoch."""
+        number, picture = self._decoded(index)
+        return self.paths[number], picture
+
+    def _decoded(self, index: int) -> tuple[int, np.ndarray]:
+        """The number of an index's picture among `paths`, and the picture."""
         epoch, position = divmod(index, len(self.paths))
         if self._permutation[0] != epoch:
-            order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.paths))
-            self._permutation = (epoch, order)
+            rng = np.random.default_rng([self.seed, 0, epoch])
+            self._permutation = (epoch, epoch_order(len(self.paths), self._shards, self.shuffle_shards, rng))
         for step in range(len(self.paths)):
             number = int(self._permutation[1][(position + step) % len(self.paths)])
             if number not in self._broken:
                 try:
-                    return self.paths[number], self._cache.load(self.paths[number])
+                    return number, self._cache.load(self.paths[number])
                 except DECODE_ERRORS as error:
                     self._broken.add(number)
                     logger.warning("skipping %s, which cannot be decoded: %s", self.paths[number], error)
         raise RuntimeError(f"none of the {len(self.paths)} training pictures can be decoded, e.g. {self.paths[0]}")
 
-    def _window(self, picture: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-        if self.augmentation == "paper":
-            return _random_resized_crop(picture, side, rng)
-        low, high = np.log(self.downscale)
-        factor = float(np.exp(rng.uniform(low, high)))
-        source = max(side, min(round(side * factor), *picture.shape[:2]))
-        window = _random_crop(_pad_to(picture, source), source, rng)
-        return window if source == side else _resize(window, side, Image.Resampling.LANCZOS)
 
-    def _augment(self, window: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        flip, turns = int(rng.integers(2)), int(rng.integers(4))
-        if self.flips and flip:
-            window = window[:, ::-1]
-        if self.rotations:
-            window = np.rot90(window, turns)
-        return np.ascontiguousarray(window)
+def epoch_order(count: int, shards: np.ndarray | None, together: int, rng: np.random.Generator) -> np.ndarray:
+    """The order of an epoch: a permutation of `count` pictures.
+
+    Without shards every order is as likely as any other. With them, the shards are shuffled and taken `together` at a
+    time, whose pictures are shuffled among each other: all that is read for long comes from so many files.
+
+    Args:
+        count: Pictures.
+        shards: The number of each picture's shard, from 0, (count,); None for pictures in files of their own.
+        together: Shards that are shuffled with each other.
+        rng: Of this epoch.
+    """
+    if shards is None:
+        return rng.permutation(count)
+    place = rng.permutation(int(shards.max()) + 1)
+    return np.lexsort((rng.random(count), place[shards] // together))
+
+
+def _numbered_shards(paths: Sequence[Path]) -> np.ndarray | None:
+    """The number of each picture's shard; files of their own, among shards, count as one."""
+    names = [shard_of(path) for path in paths]
+    if not any(names):
+        return None
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names])
 
 
 class IndexSampler(Sampler[int]):
@@ -195,6 +181,9 @@ def make_loader(
     prefetch: int = 4,
 ) -> DataLoader[dict[str, Any]]:
     """A loader of whole batches in the sampler's order; it draws nothing from torch's global random state."""
+    if workers:
+        atexit.unregister(_kill_leftovers)
+        atexit.register(_kill_leftovers)
     return DataLoader(
         dataset,
         batch_size=batch_per_rank,
@@ -203,13 +192,28 @@ def make_loader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_leave_interrupts_to_the_trainer,
+        worker_init_fn=_leave_stopping_to_the_trainer,
     )
 
 
-def _leave_interrupts_to_the_trainer(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the trainer alone decides when to stop, and ends its workers."""
+def _leave_stopping_to_the_trainer(_: int) -> None:
+    """Ctrl-C, and often SIGTERM, reach every process of a group; the trainer alone decides when to stop, and ends its
+    workers by telling them. They also end when it is gone, as torch's workers look for their parent while they wait.
+    A second SIGTERM ends a worker that hangs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_at_the_next)
+
+
+def _kill_leftovers() -> None:
+    """At the end of the trainer: workers of loaders that an error has left behind. Python would send each the one
+    SIGTERM that it ignores, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def _end_at_the_next(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 class _PictureCache:
@@ -237,35 +241,10 @@ class _PictureCache:
         self.__init__(capacity)
 
 
-def _random_resized_crop(picture: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """RandomResizedCrop(scale (0.2, 1), ratio 1, bilinear with antialiasing), a centred square if ten draws fail."""
-    height, width = picture.shape[:2]
-    for _ in range(10):
-        source = round((height * width * rng.uniform(0.2, 1.0)) ** 0.5)
-        if 0 < source <= min(height, width):
-            return _resize(_random_crop(picture, source, rng), side, Image.Resampling.BILINEAR)
-    source = min(height, width)
-    top, left = (height - source) // 2, (width - source) // 2
-    return _resize(picture[top : top + source, left : left + source], side, Image.Resampling.BILINEAR)
-
-
-def _random_crop(picture: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    top = rng.integers(picture.shape[0] - side, endpoint=True)
-    left = rng.integers(picture.shape[1] - side, endpoint=True)
-    return picture[top : top + side, left : left + side]
-
-
-def _pad_to(picture: np.ndarray, side: int) -> np.ndarray:
-    missing = [max(0, side - length) for length in picture.shape[:2]]
-    if not any(missing):
-        return picture
-    widths = [(count // 2, count - count // 2) for count in missing]
-    return np.pad(picture, (*widths, (0, 0)), mode="symmetric")
-
-
-def _resize(picture: np.ndarray, side: int, resampling: Image.Resampling) -> np.ndarray:
-    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((side, side), resampling))
-
-
 def _to_tensor(picture: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32) / np.float32(255)).contiguous()
+    """(3, H, W) in [0, 1] of (H, W, 3) bytes."""
+    planes = np.empty((picture.shape[2], *picture.shape[:2]), np.float32)
+    for channel in range(len(planes)):
+        planes[channel] = picture[..., channel]
+    planes /= np.float32(255)
+    return torch.from_numpy(planes)

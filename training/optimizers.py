@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,18 +13,22 @@ from accelerate import Accelerator
 from torch import nn
 
 from training.checkpoint import CheckpointError, load_trained_state, trained_state
-from training.configs import OptimizerConfig
+from training.configs import OptimizerConfig, RunConfig
+from training.sharding import share_gradients, spread_frozen
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, or its variant with 8-bit states.
 
     Raises:
-        ValueError: `eight_bit` is asked for where bitsandbytes cannot be imported.
+        ValueError: `eight_bit` is asked for where bitsandbytes cannot be imported, `fused` where the device has no such
+            kernel, or both.
     """
     settings: dict[str, Any] = {
         "lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay
     }  # fmt: skip
+    if config.fused:
+        return _fused(parameters, config, settings)
     if not config.eight_bit:
         return torch.optim.AdamW(parameters, **settings)
     try:
@@ -35,6 +39,20 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
             "Run `pip install bitsandbytes`, or leave the option off."
         ) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def _fused(parameters: list[nn.Parameter], config: OptimizerConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    if config.eight_bit:
+        raise ValueError("optimizer.fused, optimizer.eight_bit: there is no such variant. Leave one of the two off.")
+    probe = torch.zeros(1, device=parameters[0].device, dtype=parameters[0].dtype)
+    probe.grad = torch.zeros_like(probe)
+    try:
+        torch.optim.AdamW([probe], fused=True).step()  # it is the first step that asks for the kernel
+    except RuntimeError as error:
+        raise ValueError(
+            f"optimizer.fused: there is no such kernel for this device ({str(error).strip()}). Leave the option off."
+        ) from error
+    return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
 def learning_rate(config: OptimizerConfig, images: int, batch: int, total: int) -> float:
@@ -58,7 +76,8 @@ class Learner:
         self.module, self.config, self.store_frozen = module, config, store_frozen
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.parameters, config)
-        self.wrapped = module
+        self.wrapped: Any = module
+        self.spread = False
 
     def state_dict(self) -> dict[str, Any]:
         """The weights as `model`, the optimiser as `optimizer`."""
@@ -66,22 +85,45 @@ class Learner:
         return {"model": model, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a stored state.
+        """Go on from a stored state, with this configuration's settings of the optimiser.
 
         Raises:
             CheckpointError: It belongs to another network.
         """
         load_trained_state(self.module, state["model"])
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(self._with_own_settings(state["optimizer"]))
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint's optimiser does not fit this network ({error}). Give --run.output another folder."
             ) from error
 
-    def prepare(self, accelerator: Accelerator) -> None:
-        """Wrap the network for mixed precision and several processes."""
-        self.wrapped: nn.Module = accelerator.prepare_model(self.module)
+    def _with_own_settings(self, stored: dict[str, Any]) -> dict[str, Any]:
+        present = self.optimizer.state_dict()["param_groups"]
+        groups = [
+            {**then, **{key: value for key, value in now.items() if key not in ("params", "lr")}}
+            for now, then in zip(present, stored["param_groups"], strict=True)
+        ]
+        return {**stored, "param_groups": groups}
+
+    def prepare(self, accelerator: Accelerator, run: RunConfig, blocks: Sequence[nn.Module] = ()) -> None:
+        """Wrap the network for mixed precision and several processes, and as `run` has it.
+
+        Args:
+            accelerator: Knows the device and the processes.
+            run: Its `compile`, `channels_last` and `fsdp` are looked at.
+            blocks: With `fsdp`: modules whose frozen weights are spread over the processes.
+
+        Raises:
+            ValueError: This torch cannot spread them.
+        """
+        if run.channels_last:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.spread = run.fsdp and accelerator.num_processes > 1
+        if self.spread:
+            spread_frozen(blocks)
+        wrapped: nn.Module = accelerator.prepare_model(self.module, evaluation_mode=self.spread)
+        self.wrapped = torch.compile(wrapped) if run.compile else wrapped
 
     def begin(self, rate: float) -> None:
         """Before a step: training mode, no gradients, the learning rate."""
@@ -99,6 +141,8 @@ class Learner:
         Returns:
             The norm of the gradient before it was clipped.
         """
+        if self.spread:
+            share_gradients(self.parameters)
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         limit = self.config.gradient_clip or math.inf

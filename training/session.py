@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,20 @@ from accelerate import PartialState
 from torch import nn
 
 from restoration.devices import accelerator_available
-from restoration.restorer_file import read_restorer
 from training.checkpoint import read_checkpoint
 from training.commands import COMMANDS
 from training.config_files import to_yaml
 from training.data import PairDataset, find_images, scan_images
+from training.given_files import read_given
+from training.logs import import_wandb
 from training.loop import Trainer
 from training.run_folder import RunFolder, check_same_run
 from training.validation import Validation, split_pictures
 
 _LOOKED_AT = 64
 """Crops that a task may fit its first weights to."""
+_PATIENCE = datetime.timedelta(hours=2)
+"""For how long processes wait for the first one, which validates alone, before they take it for dead."""
 
 
 class Session:
@@ -32,14 +36,16 @@ class Session:
 
     Raises:
         FileNotFoundError: A folder is missing or holds no picture.
-        ValueError: No picture is readable, the file to start from does not fit, or the configuration contradicts
-            itself.
+        ValueError: No picture is readable, the file to start from does not fit, the configuration contradicts
+            itself, or a package that it asks for is not installed.
         RunFolderError: The folder of the run holds another one.
     """
 
     def __init__(self, command: str, config: Any) -> None:
         self.command, self.config = command, config
-        self.state = PartialState(cpu=not accelerator_available())
+        if config.run.wandb is not None:
+            import_wandb()
+        self.state = PartialState(cpu=not accelerator_available(), timeout=_PATIENCE)
         if self.state.is_main_process:
             check_same_run(config.run.output, command, config)
         self._say(f"looking at the pictures in {config.data.train} ...")
@@ -50,7 +56,7 @@ class Session:
             self.validation, broken = _readable(config.data.validation)
             self.broken += broken
         self.task = COMMANDS[command].make_task(config)
-        _check_crops(self.task.size_multiple, config)
+        check_crops(self.task.size_multiple, config)
         self.checkpoint = config.run.output / "checkpoint.pt"
         self.resuming = self.checkpoint.exists()
         if config.run.init_from is not None:
@@ -60,8 +66,9 @@ class Session:
         if self.resuming:
             self._say(f"--run.init-from {path} is not used again: the run goes on from its checkpoint")
             return
+        file = read_given(path, "--run.init-from")
         try:
-            self.task.load(read_restorer(path).tensors)
+            self.task.load(file.tensors)
         except ValueError as error:
             raise ValueError(f"--run.init-from {path}: {str(error).removeprefix(f'{path.name}: ')}") from error
 
@@ -117,6 +124,7 @@ class Session:
             rotations=data.rotations,
             downscale=data.downscale,
             cache_mb=data.cache_mb,
+            shuffle_shards=data.shuffle_shards,
         )
 
     def _say(self, text: str) -> None:
@@ -124,7 +132,12 @@ class Session:
             print(text, flush=True)
 
 
-def _check_crops(multiple: int, config: Any) -> None:
+def check_crops(multiple: int, config: Any) -> None:
+    """Refuse crops that a network cannot take.
+
+    Raises:
+        ValueError: `data.crop` or `validation.crop` is no multiple of `multiple`.
+    """
     for name, crop in (("data.crop", config.data.crop), ("validation.crop", config.validation.crop)):
         if crop < multiple or crop % multiple:
             raise ValueError(f"{name}: expected a multiple of {multiple}, which this network needs, got {crop}.")

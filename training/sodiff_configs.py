@@ -207,4 +207,5 @@ PRESETS = {
 """`paper`: the publication's, two pictures at a time (one on each of two cards of 48 GB), with SDXL's discriminator;
 weight decay, clipping and precision are not in the paper. `24gb`, `12gb`: on one card, one picture at a time,
 everything frozen in bfloat16, the discriminator that of SD 2.1; `12gb` computes activations twice. Not measured on such
-cards. `small`: `12gb` with crops of 256 pixels and 8,000 pictures, to compare settings with (`ablate`)."""
+cards; counted as CODiff's presets are: 11.2 and 7.5 GiB. `small`: `12gb` with crops of 256 pixels and 8,000 pictures,
+to compare settings with (`ablate`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from training.degradation import encode
 from training.trainers.task import Task
 
 HELD_OUT_EVERY = 25
+LOWER_IS_BETTER = ("lpips", "quality_error", "alignment")
+"""Measures of which less is better."""
 
 
 def split_pictures(paths: Sequence[Path], wanted: int) -> tuple[list[Path], list[Path]]:
@@ -109,6 +112,35 @@ class Validation:
         if self.lpips is not None:
             measured["lpips"] = self.lpips(image, clean)
         return {prefix + key: float(value) for key, value in measured.items()}
+
+
+def is_better(
+    figures: dict[str, float], before: dict[str, float] | None, wanted: str | None, judged_by: Sequence[str]
+) -> bool:
+    """Whether figures are better than earlier ones, by one measure's mean over the qualities.
+
+    Args:
+        figures: Of a `Validation`.
+        before: The earlier ones; None, or without this measure: anything is better.
+        wanted: The measure; None for the first of `judged_by` that was measured.
+        judged_by: What the training itself goes by.
+
+    Raises:
+        ValueError: `wanted` was not measured.
+    """
+    names = {key.split("/")[0] for key in figures if not key.startswith("jpeg_")}
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"validation.best: expected one of {', '.join(sorted(names))}, got {wanted!r}.")
+    measure = wanted or next((name for name in judged_by if name in names), "psnr")
+    now, then = _mean(figures, measure), _mean(before or {}, measure)
+    if math.isnan(now) or math.isnan(then):
+        return not math.isnan(now)
+    return now < then if measure in LOWER_IS_BETTER else now > then
+
+
+def _mean(figures: dict[str, float], measure: str) -> float:
+    values = [value for key, value in figures.items() if key.split("/")[0] == measure]
+    return sum(values) / len(values) if values else math.nan
 
 
 def _table(figures: dict[str, float], images: int, qualities: Sequence[int]) -> str:

@@ -39,6 +39,8 @@ class Prediction:
     def __post_init__(self) -> None:
         if self.kind not in PREDICTIONS:
             raise ValueError(f"DriftRec: expected a prediction of {' or '.join(PREDICTIONS)}, got {self.kind!r}.")
+        if self.kind == "residual" and not self.sigma_data > 0:
+            raise ValueError(f"DriftRec: expected a sigma_data above 0, got {self.sigma_data:g}.")
 
     def network_input(self, x: Tensor, degraded: Tensor, a: Tensor, sigma: Tensor) -> Tensor:
         """The (B, 6, H, W) input for x_t and y, with a(t) and sigma(t) of shape (B, 1, 1, 1)."""

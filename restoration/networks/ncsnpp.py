@@ -58,6 +58,10 @@ class NCSNppConfig:
             raise ValueError(
                 f"NCSN++: expected a width that is a multiple of 4, a level and a residual block, got {self}."
             )
+        if min(self.in_channels, self.out_channels, self.patch_size) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"NCSN++: expected channels and a patch size of at least 1 and a dropout from 0 to 1, got {self}."
+            )
 
     @property
     def size_multiple(self) -> int:

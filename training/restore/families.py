@@ -68,6 +68,11 @@ class Loading:
         return self.dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
 
 
+def settings_of(family: str) -> tuple[str, ...]:
+    """The settings that a family has beside those of all; none for one that restores nothing."""
+    return _TAKEN.get(family, ())
+
+
 def check_family(metadata: RestorerMetadata, name: str, loading: Loading) -> None:
     """Refuse what a restorer cannot do, before anything is loaded.
 

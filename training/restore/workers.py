@@ -272,6 +272,15 @@ def over_all_ranks(tally: Tally) -> Tally:
     return sum((each for each in tallies if each is not None), Tally())
 
 
+def wait_for_all_ranks() -> None:
+    """Return when all ranks of a torchrun have come here."""
+    import torch.distributed as distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
 def rank_of(environment: dict[str, str] | os._Environ[str]) -> tuple[int, int, int]:
     """Number of this process, how many there are, and its number on this machine, as torchrun tells them.
 

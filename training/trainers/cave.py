@@ -39,6 +39,11 @@ class CaVETask(TaskDefaults):
             for part in self._decoder():
                 part.requires_grad_(False)
 
+    @property
+    def judged_by(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Its quality is what the second stage needs."""
+        return ("quality_error", "psnr")
+
     def look(self, degraded: Tensor, clean: Tensor) -> None:
         """With `whitened`: turn the orthogonal filters of the first convolution into ones of decorrelated pixels."""
         if self.config.initialization == "whitened":
@@ -52,13 +57,17 @@ class CaVETask(TaskDefaults):
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         degraded, clean = self._cut(batch["degraded"], generator), batch["clean"]
         reconstruction, level = model(degraded)
-        total = torch.zeros((), device=level.device)
+        total, parts = torch.zeros((), device=level.device), {}
         if self.config.implicit:
             clean = clean[..., : degraded.shape[-2], : degraded.shape[-1]]
-            total = total + (reconstruction - clean).abs().mean()
+            parts["loss/pixels"] = (reconstruction - clean).abs().mean()
+            total = total + parts["loss/pixels"]
         if self.config.explicit:
             expected = (100 - batch["quality"]) / 100
-            total = total + self.config.quality_weight * (level.float() - expected).abs().mean()
+            error = (level.float() - expected).abs().mean()
+            parts["quality_error"] = 100 * error
+            total = total + self.config.quality_weight * error
+        self.note(parts)
         return total
 
     def _cut(self, degraded: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from restoration.networks.cave import CaVEConfig
 from restoration.prompts import CaVEPrompt
-from restoration.restorer_file import RestorerFileError, RestorerMetadata, load_part, read_restorer
+from restoration.restorer_file import RestorerFileError, RestorerMetadata, load_part
 from training import base_models
 from training.base_models import BaseModel, lora_tensors
 from training.codiff_configs import CoDiffConfig
 from training.discriminators import LatentDiscriminator
+from training.given_files import read_given
 from training.losses import make_perceptual
 from training.one_step_configs import LoRAConfig
 from training.trainers.one_step import OneStepModel, OneStepTask, Seen, check_crop
@@ -147,7 +148,7 @@ def load_prompt(config: CoDiffConfig, generator: torch.Generator) -> CaVEPrompt:
 
 
 def _load_cave(path: Path, context_dim: int, timestep: float, most_tokens: int | None) -> CaVEPrompt:
-    file = read_restorer(path)
+    file = read_given(path, "--cave")
     if file.metadata.family not in ("cave", "codiff"):
         raise RestorerFileError(
             f"{file.name} holds no CaVE: it is of the family {file.metadata.family!r}. Give --cave a file of the "

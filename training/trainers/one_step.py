@@ -140,18 +140,26 @@ class OneStepTask(TaskDefaults, Generic[ModelT]):
     perceptual: nn.Module | None
     kept: tuple[Tensor, Tensor] | None = None
     """Restored latents and tokens of the present batch, for the discriminator's turn."""
+    judged_by = ("lpips", "psnr")
+
+    def frozen_blocks(self) -> list[nn.Module]:
+        """The residual and the attention blocks of the UNet, the VAE and the discriminator."""
+        networks = [self.model.unet, self.model.vae, *([] if self.critic is None else [self.critic])]
+        return [block for network in networks for block in base_models.blocks(network)]
 
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         clean, weights = batch["clean"], self.config.loss
         restored: Restored = model(batch["degraded"], self._posterior(generator), generator)
         total = pixel_loss(restored.pictures, clean, weights)
+        parts = {"loss/pixels": total}
         if self.perceptual is not None:
-            distances = self.perceptual.to(clean.device)(restored.pictures, clean)
-            total = total + weights.perceptual.weight * distances.mean()
+            parts["loss/perceptual"] = self.perceptual.to(clean.device)(restored.pictures, clean).mean()
+            total = total + weights.perceptual.weight * parts["loss/perceptual"]
         if self.critic is not None:
-            logits = self.critic(restored.latents, restored.tokens, generator)
-            total = total + weights.adversarial.weight * generator_loss(logits)
+            parts["loss/adversarial"] = generator_loss(self.critic(restored.latents, restored.tokens, generator))
+            total = total + weights.adversarial.weight * parts["loss/adversarial"]
             self.kept = restored.latents.detach(), restored.tokens.detach()
+        self.note({**parts, **quality_error(restored, batch)})
         return total + self.auxiliary(restored, batch)
 
     def auxiliary(self, restored: Restored, batch: dict[str, Any]) -> Tensor | float:
@@ -230,6 +238,13 @@ class OneStepTask(TaskDefaults, Generic[ModelT]):
                     f"{path.name} has {part} {theirs.get(part)}, not {ours}. Give --{part.replace('_', '-')} the same "
                     "rank and alpha."
                 )
+
+
+def quality_error(restored: Restored, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The mean absolute error of the quality, 0 to 100, by the name that logs have for it, where one is told."""
+    if restored.quality is None or "quality" not in batch:
+        return {}
+    return {"quality_error": (restored.quality.detach() - batch["quality"]).abs().mean()}
 
 
 def check_crop(critic: Any, crop: int) -> None:

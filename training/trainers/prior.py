@@ -22,6 +22,8 @@ from training.trainers.task import TaskDefaults, load_whole
 class PriorTask(TaskDefaults):
     """The mean squared error of the noise, at timesteps drawn evenly (Ho et al. 2020, Eq. 14)."""
 
+    judged_by = ("lpips", "psnr")
+
     def __init__(self, config: PriorConfig) -> None:
         self.config, self.size_multiple = config, config.network.size_multiple
         network = ADMUNet(config.network)

@@ -27,6 +27,7 @@ class QualityTask(TaskDefaults):
     """The absolute error of the quality, 0 to 100."""
 
     what_next = "copy it into ComfyUI/models/jpeg_restorers, or give it to SODiff's second stage"
+    judged_by = ("quality_error",)
 
     def __init__(self, config: QualityConfig) -> None:
         self.config = config
@@ -40,7 +41,9 @@ class QualityTask(TaskDefaults):
         untouched = draws < self.config.view.uncompressed
         images = torch.where(untouched[:, None, None, None], batch["clean"], images)
         estimated, _ = model(viewed(images, self.config.view, generator))
-        return (estimated - quality.masked_fill(untouched, _UNCOMPRESSED)).abs().mean()
+        error = (estimated - quality.masked_fill(untouched, _UNCOMPRESSED)).abs().mean()
+        self.note({"quality_error": error})
+        return error
 
     def restore(self, degraded: Tensor, seed: int) -> Tensor:
         """The picture as it is: this network restores nothing."""

@@ -101,7 +101,9 @@ class SAIPETask(TaskDefaults):
         self._redraw(int(batch["index"].min()))
         reconstruction, tokens = model(batch["degraded"])
         alignment = F.mse_loss(tokens.float(), batch["text"].float())
-        return (reconstruction - batch["clean"]).abs().mean() + self.config.alignment_weight * alignment
+        error = (reconstruction - batch["clean"]).abs().mean()
+        self.note({"loss/pixels": error, "loss/alignment": alignment})
+        return error + self.config.alignment_weight * alignment
 
     def _redraw(self, index: int) -> None:
         """The random features of this part of the run, which follow from the seed and the images before it alone."""

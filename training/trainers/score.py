@@ -25,6 +25,7 @@ class DriftRecTask(TaskDefaults):
     """
 
     stores_frozen = True  # the frequencies of the noise level
+    judged_by = ("lpips", "psnr")
 
     def __init__(self, config: DriftRecConfig) -> None:
         self.config, self.size_multiple = config, config.network.size_multiple
@@ -110,7 +111,8 @@ def place_weights(network: NCSNpp, tensors: dict[str, Tensor]) -> None:
     if state.keys() != tensors.keys():
         differing = sorted(state.keys() ^ tensors.keys())
         raise RestorerFileError(
-            f"the file to start from has another network: {differing[0]} is in one of the two only."
+            f"the file to start from has another network: {differing[0]} is in one of the two only. "
+            "Give a file of `python -m training regression` or `driftrec` with this --network, or leave the option out."
         )
     patch = network.config.patch_size**2
     grows = tensors["output_layer.weight"].shape[1] == 3 * patch and network.config.in_channels == 6
@@ -122,7 +124,8 @@ def place_weights(network: NCSNpp, tensors: dict[str, Tensor]) -> None:
         sides = list(zip(given.shape, target.shape, strict=False))
         if given.dim() != target.dim() or any(g != t and (g, t) not in may_grow for g, t in sides):
             raise RestorerFileError(
-                f"the file to start from has {key} of {tuple(given.shape)}, not {tuple(target.shape)}."
+                f"the file to start from has {key} of {tuple(given.shape)}, not {tuple(target.shape)}. Train with "
+                "its --network, or leave the option out."
             )
         if not key.startswith("output_layer"):  # its inputs are zero by then; zeros on both sides would never learn
             target.zero_()

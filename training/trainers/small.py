@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from restoration.networks.dct_codec import DCTCodec
 from restoration.networks.small_unet import SmallUNetConfig
-from restoration.restorer_file import RestorerFileError, load_part, read_restorer
+from restoration.restorer_file import RestorerFileError, load_part
 from restoration.restorers import DCT_SMALL
 from restoration.tiling import crop_to, pad_to_multiple
 from training.backbone import DCTModel, make_unet
 from training.discriminators import discriminator_loss, generator_loss
+from training.given_files import read_given
 from training.latent_critic import DCTCritic
 from training.losses import make_perceptual, pixel_loss
-from training.trainers.one_step import Restored, Seen, check_crop
+from training.trainers.one_step import Restored, Seen, check_crop, quality_error
 from training.trainers.task import TaskDefaults
 
 
@@ -61,6 +62,7 @@ class SmallTask(TaskDefaults, Generic[ModelT]):
     """
 
     stores_frozen = True  # the codec's scale
+    judged_by = ("lpips", "psnr")
     config: Any
     model: ModelT
 
@@ -82,12 +84,15 @@ class SmallTask(TaskDefaults, Generic[ModelT]):
         clean, weights = batch["clean"], self.config.loss
         restored: Restored = model(batch["degraded"], generator)
         total = pixel_loss(restored.pictures, clean, weights)
+        parts = {"loss/pixels": total}
         if self.perceptual is not None:
-            distances = self.perceptual.to(clean.device)(restored.pictures.clamp(0, 1), clean)
-            total = total + weights.perceptual.weight * distances.mean()
+            parts["loss/perceptual"] = self.perceptual.to(clean.device)(restored.pictures.clamp(0, 1), clean).mean()
+            total = total + weights.perceptual.weight * parts["loss/perceptual"]
         if self.critic is not None:
-            total = total + weights.adversarial.weight * generator_loss(self.critic(restored.latents))
+            parts["loss/adversarial"] = generator_loss(self.critic(restored.latents))
+            total = total + weights.adversarial.weight * parts["loss/adversarial"]
             self._kept = restored.latents.detach()
+        self.note({**parts, **quality_error(restored, batch)})
         return total + self.auxiliary(restored, batch)
 
     def auxiliary(self, restored: Restored, batch: dict[str, Any]) -> Tensor | float:
@@ -144,6 +149,6 @@ def take_backbone(backbone: DCTModel, path: Path) -> None:
     Raises:
         RestorerFileError: It has none of this shape.
     """
-    file = read_restorer(path)
+    file = read_given(path, "--unet-from")
     load_part(backbone.network, file, "unet")
     load_part(backbone.codec, file, "codec")

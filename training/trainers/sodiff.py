@@ -20,11 +20,12 @@ from restoration.networks.timestep_predictor import (
     gumbel_noise,
 )
 from restoration.prompts import SAIPEPrompt
-from restoration.restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, load_part, read_restorer
+from restoration.restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, load_part
 from training import base_models
 from training.base_models import BaseModel, lora_tensors
 from training.degradation import compress
 from training.discriminators import PromptedDiscriminator
+from training.given_files import read_given
 from training.losses import make_perceptual
 from training.one_step_configs import LoRAConfig
 from training.sodiff_configs import SODiffConfig
@@ -270,7 +271,7 @@ def _take_shared(predictor: TimestepPredictor, file: RestorerFile) -> None:
 
 
 def _read(path: Path, families: tuple[str, ...], option: str) -> RestorerFile:
-    file = read_restorer(path)
+    file = read_given(path, f"--{option}")
     if file.metadata.family not in families:
         raise RestorerFileError(
             f"{file.name} is of the family {file.metadata.family!r}. Give --{option} a file of the family "

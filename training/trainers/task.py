@@ -55,6 +55,20 @@ class Task(Protocol):
         """The critic's optimiser; its weights are never averaged."""
         ...
 
+    @property
+    def noted(self) -> dict[str, Tensor]:
+        """Numbers of the last call of `loss` for the logs, without gradients, e.g. `loss/pixels` or `quality_error`."""
+        ...
+
+    @property
+    def judged_by(self) -> tuple[str, ...]:
+        """Measures of the validation, the first of which that is measured tells the best weights."""
+        ...
+
+    def frozen_blocks(self) -> list[nn.Module]:
+        """Modules of the model and the critic that hold the frozen weights of a base model, each called as a module."""
+        ...
+
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """The loss of a batch (`clean`, `degraded` (B, 3, H, W), `quality` (B,)); `model` is `self.model`, perhaps
         wrapped."""
@@ -111,6 +125,20 @@ class TaskDefaults:
     stores_frozen: bool = False
     critic: nn.Module | None = None
     critic_optimizer: OptimizerConfig = OptimizerConfig()
+    judged_by: tuple[str, ...] = ("psnr",)
+
+    @property
+    def noted(self) -> dict[str, Tensor]:
+        """What `note` was told last."""
+        return self.__dict__.get("_noted", {})
+
+    def note(self, numbers: dict[str, Tensor]) -> None:
+        """Keep numbers of this loss for the logs."""
+        self.__dict__["_noted"] = {key: value.detach() for key, value in numbers.items()}
+
+    def frozen_blocks(self) -> list[nn.Module]:
+        """There is no base model."""
+        return []
 
     def critic_loss(self, critic: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         raise NotImplementedError("this task has no critic")

@@ -1,4 +1,4 @@
-"""`python -m training prepare`: what a training needs of its pictures, made once before it."""
+"""`python -m training prepare captions`: captions of crops, for the first stage of SODiff."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from tqdm import tqdm
 from restoration.devices import accelerator_available
 from training.captioner import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Captioner
 from training.captions import DEFAULT_NAME, CaptionedCrop, CaptionError, cut_crop, draw_crop, read_captions, whole_lines
-from training.data import DECODE_ERRORS, find_images, load_image, scan_images
 from training.degradation import compress
+from training.pictures import DECODE_ERRORS, find_images, load_image, scan_images
+from training.shards import is_shards
 
 MakeCaptioner = Callable[[str, str, int, str, torch.device | None], Callable[[Sequence[Image.Image]], list[str]]]
 
@@ -68,7 +69,7 @@ class CaptionSettings:
 
 
 def run(arguments: list[str]) -> None:
-    """Prepare one thing, e.g. `captions --train FOLDER`.
+    """Caption as the command line says.
 
     Raises:
         ValueError: It cannot be done as asked; one sentence says why.
@@ -101,6 +102,11 @@ def write_captions(
         CaptionError: The file was written with other settings, or no caption can be made.
         FileNotFoundError: The folder has no pictures.
     """
+    if is_shards(folder):
+        raise CaptionError(
+            f"--train: expected a folder, got {folder}. Caption the folder that the shards are made of: a .txt beside "
+            "each picture is packed with it."
+        )
     state = PartialState(cpu=not accelerator_available(), timeout=timedelta(days=30))  # shares end at different times
     paths, broken = scan_images(find_images(folder))
     if state.is_main_process:
@@ -213,13 +219,10 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training prepare", description=__doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    summary = "captions of crops, for the first stage of SODiff; repeating the command goes on where it stopped"
-    captions = kinds.add_parser(
-        "captions",
-        help=summary,
-        description=f"Write {summary}.",
+    captions = argparse.ArgumentParser(
+        prog="python -m training prepare captions",
+        description="Write captions of crops, for the first stage of SODiff. Repeating the command goes on where it "
+        "stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = CaptionSettings()
@@ -237,4 +240,4 @@ def _parser() -> argparse.ArgumentParser:
     captions.add_argument("--quality-max", type=int, default=default.quality_max, help="highest, included")
     captions.add_argument("--seed", type=int, default=default.seed, help="of boxes and qualities")
     captions.add_argument("--batch", type=int, default=8, help="crops at a time, in each process")
-    return parser
+    return captions

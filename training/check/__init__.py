@@ -1,0 +1,1 @@
+"""`python -m training check`: what can go wrong with a training, said before it begins."""

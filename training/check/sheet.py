@@ -1,0 +1,84 @@
+"""A sheet of training pairs to look at, and the recipe of each in a file beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from training.config_files import to_plain
+from training.data import PairDataset
+from training.files import replace_file, replace_text
+
+_GAP, _LINE = 6, 14
+_WIDEST = 2000
+
+
+def write_sheet(dataset: PairDataset, count: int, folder: Path) -> Path:
+    """Write the first pairs of a run, clean on the left and degraded on the right, at their own size.
+
+    Args:
+        dataset: Of the run.
+        count: Pairs.
+        folder: Gets `pairs.png`, and `pairs.json` with the picture, the index and all draws of each pair, of which
+            `training.crops.draw_pair` makes it again.
+
+    Returns:
+        The path of the sheet.
+
+    Raises:
+        RuntimeError: No picture can be decoded.
+        OSError: The folder cannot be written to.
+    """
+    cells: list[np.ndarray] = []
+    recipes: list[dict[str, Any]] = []
+    for index in range(count):
+        path, pair = dataset.pair(index)
+        cells.append(_cell(pair.clean, pair.image, [_caption(index, pair.description), path.name]))
+        recipes.append({"index": index, "path": str(path), "drawn": pair.description})
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet = folder / "pairs.png"
+    picture = Image.fromarray(_grid(cells))
+    replace_file(sheet, lambda file: picture.save(file, "PNG"))
+    recipe = {"seed": dataset.seed, "settings": to_plain(dataset.settings), "pairs": recipes}
+    replace_text(folder / "pairs.json", json.dumps(recipe, indent=1))
+    return sheet
+
+
+def _cell(clean: np.ndarray, degraded: np.ndarray, lines: list[str]) -> np.ndarray:
+    """A pair with what is said of it below."""
+    gap = np.full((clean.shape[0], _GAP, 3), 255, np.uint8)
+    pair = np.concatenate([clean, gap, degraded], axis=1)
+    label = Image.new("RGB", (pair.shape[1], _LINE * len(lines) + _GAP), "white")
+    drawing = ImageDraw.Draw(label)
+    for number, line in enumerate(lines):
+        drawing.text((2, 2 + _LINE * number), line.encode("latin-1", "replace").decode("latin-1"), fill="black")
+    return np.concatenate([pair, np.asarray(label)])
+
+
+def _grid(cells: list[np.ndarray]) -> np.ndarray:
+    """Cells of equal size in rows, from left to right."""
+    height, width = cells[0].shape[:2]
+    columns = min(len(cells), max(1, _WIDEST // (width + _GAP)))
+    rows = -(-len(cells) // columns)
+    sheet = np.full((rows * (height + _GAP), columns * (width + _GAP), 3), 255, np.uint8)
+    for number, cell in enumerate(cells):
+        top, left = number // columns * (height + _GAP), number % columns * (width + _GAP)
+        sheet[top : top + height, left : left + width] = cell
+    return sheet
+
+
+def _caption(index: int, drawn: dict[str, Any]) -> str:
+    parts = [f"{index}: QF {drawn['quality']} {'gray' if drawn['grayscale'] else drawn['subsampling']}"]
+    if drawn["decoder"] != "pillow":
+        parts.append(drawn["decoder"])
+    if first := drawn["first"]:
+        resized = f" x{first['scale']:.2f} {first['filter']}" if first["filter"] else ""
+        place = ",".join(map(str, first["offset"]))
+        parts.append(f"before: {first['codec']} {first['quality']} at {place}{resized}")
+    if any(drawn["cut"]):
+        parts.append(f"cut at {drawn['cut'][0]},{drawn['cut'][1]}")
+    return "; ".join(parts)

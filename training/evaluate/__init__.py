@@ -1,0 +1,1 @@
+"""`python -m training evaluate`: what restorers do to pictures, in numbers and in a report."""

@@ -1,0 +1,186 @@
+"""`python -m training evaluate`: restorers on a folder of pictures, in figures, and in a report to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import tyro
+
+from training.evaluate.examples import Example, Examples, choosing_metric
+from training.evaluate.metrics import Metrics, find_metrics
+from training.evaluate.options import EvaluateOptions
+from training.evaluate.pictures import Source, find_sources
+from training.evaluate.protocols import ALSO_MEASURED, PICTURE_PROTOCOLS, conditions_of
+from training.evaluate.published import published_rows, to_plain
+from training.evaluate.report.page import to_html
+from training.evaluate.results import MetricFacts, Results, Row
+from training.evaluate.runner import Part, Runner
+from training.evaluate.seeing import seeing
+from training.evaluate.seen_protocols import map_embeddings, measure_quality
+from training.evaluate.store import Store
+from training.evaluate.systems import RestorerOnDisk, check_system, read_restorers, systems_of
+from training.evaluate.tables import to_text
+from training.restore.families import DTYPES, Loading
+from training.restore.settings import RestoreSettings
+from training.restore.workers import choose_device, rank_of, wait_for_all_ranks
+
+_DESCRIPTION = """Measure restorers on a folder of clean pictures (they are compressed first), or on pictures that are
+degraded already. Prints a table and writes results.json, results.csv and report.html, which needs nothing beside it.
+What was measured is kept: repeat the command to go on where it stopped, or to add restorers and qualities.
+
+Examples:
+  python -m training evaluate --data LIVE1 --restorer weights/starter-onestep-faithful.safetensors
+  python -m training evaluate --data LIVE1 --restorer mine.safetensors --protocol single double --qualities 10 20 30
+  python -m training evaluate --data clean --degraded photos --restorer mine.safetensors
+  python -m training evaluate --data LIVE1 --restorer weights/starter-driftrec.safetensors --protocol samplers averaging
+  torchrun --nproc_per_node=4 -m training evaluate --data DIV2K --restorer mine.safetensors
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Evaluate, print the tables and write the report.
+
+    Returns:
+        The exit status: 0 when everything was measured, 1 when pictures had to be left out (each is named).
+
+    Raises:
+        ValueError: It cannot be done as asked; one sentence says why.
+        FileNotFoundError: There are no pictures.
+    """
+    options = tyro.cli(
+        EvaluateOptions, prog="python -m training evaluate", description=_DESCRIPTION, args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+    )  # fmt: skip
+    results = evaluate(options, f"python -m training evaluate {shlex.join(arguments)}")
+    return 1 if results is not None and results.left_out else 0
+
+
+def evaluate(options: EvaluateOptions, command: str = "") -> Results | None:
+    """As `run`, for options that were parsed; `command` is named in the report.
+
+    Returns:
+        What was found; None in all processes of a torchrun but the first.
+    """
+    rank, ranks, local_rank = rank_of(os.environ)
+    device = choose_device(options.device, local_rank)
+    loading = Loading(RestoreSettings(), device, DTYPES.get(options.dtype), options.base)
+    sources = find_sources(options.data, options.degraded, options.limit)
+    restorers = read_restorers(options.restorer)
+    parts = _parts(options, restorers, loading)
+    metrics = _metrics(options, device)
+    if rank == 0:
+        print(f"{len(sources)} pictures, {len(restorers)} restorers, on {device}", flush=True)
+    runner = _runner(options, sources[rank::ranks], metrics, loading, rank)
+    runner.run(parts)
+    if ranks > 1:
+        wait_for_all_ranks()
+        if rank:
+            return None
+        runner = _runner(options, sources, metrics, loading, rank)
+        runner.run(parts)  # nothing is left to measure
+    results = _results(options, command, restorers, sources, metrics, device)
+    _add_rows(results, runner, parts, [Path(source.name).stem for source in sources], options.subsampling)
+    if "quality" in options.protocol:
+        results.quality = measure_quality(options, restorers, sources, device)
+    if "embeddings" in options.protocol:
+        results.embeddings = map_embeddings(options, restorers, sources, device)
+    print(f"\n{to_text(results)}", flush=True)
+    _write(options.output, results, parts, runner)
+    return results
+
+
+def _runner(
+    options: EvaluateOptions, sources: Sequence[Source], metrics: Metrics, loading: Loading, rank: int
+) -> Runner:
+    chooses = choosing_metric(metrics.single, options.worst_by)
+    store = Store(options.output, metrics, rank)
+    examples = Examples(options.output, options.examples, chooses, rank)
+    return Runner(sources, options.subsampling, metrics, store, examples, loading)
+
+
+def _add_rows(results: Results, runner: Runner, parts: Sequence[Part], names: Sequence[str], subsampling: str) -> None:
+    for part in parts:
+        results.rows += runner.rows(part)
+        results.lines += runner.lines(part)
+        results.published[part.protocol] = [to_plain(row) for row in published_rows(part.protocol, names, subsampling)]
+    results.left_out += runner.left_out.items()
+
+
+def _parts(options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], loading: Loading) -> list[Part]:
+    """The work of all protocols, checked before any of it begins."""
+    for protocol in ("quality", "embeddings"):
+        if protocol in options.protocol:
+            seeing(protocol, restorers)
+    parts = [
+        Part(protocol, systems_of(protocol, restorers, options.settings), conditions_of(protocol, options))
+        for protocol in dict.fromkeys(options.protocol) if protocol in PICTURE_PROTOCOLS
+    ]  # fmt: skip
+    for part in parts:
+        for system in part.systems:
+            check_system(system, loading)
+    return parts
+
+
+def _metrics(options: EvaluateOptions, device: torch.device) -> Metrics:
+    """What can be measured; without clean pictures only what needs none."""
+    also = [name for protocol in options.protocol for name in ALSO_MEASURED.get(protocol, ())]
+    metrics = find_metrics(options.files, device, wanted=options.metrics or None, also=() if options.metrics else also)
+    if options.data is not None:
+        return metrics
+    return dataclasses.replace(
+        metrics, single=tuple(metric for metric in metrics.single if not metric.reference), sets=()
+    )
+
+
+def _results(
+    options: EvaluateOptions, command: str, restorers: Sequence[RestorerOnDisk], sources: Sequence[Source],
+    metrics: Metrics, device: torch.device,
+) -> Results:  # fmt: skip
+    folder = options.degraded or options.data
+    facts = {
+        "date": datetime.date.today().isoformat(), "device": _device_name(device), "torch": torch.__version__,
+        "data": folder.resolve().name if folder else "", "pictures": len(sources), "command": command,
+        "subsampling": options.subsampling, "settings": dataclasses.asdict(options.settings),
+    }  # fmt: skip
+    described = [
+        {"label": restorer.label, "file": restorer.path.name, "family": restorer.metadata.family,
+         "license": restorer.metadata.license, "sha256": restorer.digest, "training": restorer.metadata.training}
+        for restorer in restorers
+    ]  # fmt: skip
+    named = [MetricFacts(metric.name, metric.label, metric.variant, metric.better, metric.digits)
+             for metric in (*metrics.single, *metrics.sets)]  # fmt: skip
+    return Results(facts, described, named, list(metrics.missing))
+
+
+def _write(folder: Path, results: Results, parts: Sequence[Part], runner: Runner) -> None:
+    """All three files, each whole or not at all."""
+    identities = {system.label: runner.identity(system) for part in parts for system in part.systems}
+
+    def examples_of(row: Row) -> list[Example]:
+        return runner.examples.chosen(identities[row.system], row.condition)
+
+    chooses = runner.examples.metric
+    texts = {
+        "results.json": json.dumps(results.to_json(), indent=1),
+        "results.csv": results.to_csv(),
+        "report.html": to_html(results, examples_of, None if chooses is None else results.metric(chooses.name)),
+    }
+    for name, text in texts.items():
+        temporary = folder / f"{name}.part"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, folder / name)
+    print(f"\nWrote {', '.join(texts)} to {folder}. Open {folder / 'report.html'} in a browser.", flush=True)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"

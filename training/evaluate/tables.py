@@ -1,0 +1,96 @@
+"""Results as text: one table a protocol, as Markdown, which reads well on a screen, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from training.evaluate.protocols import PICTURE_PROTOCOLS
+from training.evaluate.results import MetricFacts, Results, Row
+
+_WIDEST_NAME = 44
+
+
+def to_text(results: Results) -> str:
+    """All tables, and what was not measured."""
+    parts = [_table(results, protocol) for protocol in results.protocols]
+    if results.quality:
+        parts.append(_quality_table(results))
+    for embedded in results.embeddings:
+        parts.append(
+            f"{embedded['restorer']}: of the nearest prompts of other pictures {embedded['same_quality']:.0%} are of "
+            f"the same quality (chance: {embedded['chance']:.0%})."
+        )
+    if results.missing:
+        parts.append("\n".join(["Not measured:", *(f"- {gone.label}: {gone.reason}" for gone in results.missing)]))
+    if results.left_out:
+        parts.append("\n".join(["Left out:", *(f"- {name}: {reason}" for name, reason in results.left_out)]))
+    return "\n\n".join(parts)
+
+
+def columns_of(results: Results, protocol: str) -> list[MetricFacts]:
+    """The metrics that have a figure in a protocol."""
+    rows = [row for row in results.rows if row.protocol == protocol]
+    return [metric for metric in results.metrics if any(metric.name in row.means for row in rows)]
+
+
+def cell(row: Row, metric: MetricFacts) -> str:
+    """A mean as it stands in tables; of how many pictures, where not of all."""
+    if metric.name not in row.means:
+        return "-"
+    of = f" ({row.counts[metric.name]} of {row.pictures})" if metric.name in row.counts else ""
+    return f"{row.means[metric.name]:.{metric.digits}f}{of}"
+
+
+def best_of(rows: Sequence[Row], metric: MetricFacts) -> float | None:
+    """The best mean of rows under one condition, where several are compared."""
+    values = [row.means[metric.name] for row in rows if metric.name in row.means]
+    if len(values) < 2:
+        return None
+    return max(values) if metric.better == "higher" else min(values)
+
+
+def arrow(metric: MetricFacts) -> str:
+    """Which way is better."""
+    return "↑" if metric.better == "higher" else "↓"
+
+
+def _table(results: Results, protocol: str) -> str:
+    rows = [row for row in results.rows if row.protocol == protocol]
+    metrics = columns_of(results, protocol)
+    with_evaluations = any((row.evaluations or 0) > 1 for row in rows)
+    head = ["condition", "restorer", *(f"{metric.label} {arrow(metric)}" for metric in metrics), "s a picture"]
+    head += ["evaluations"] if with_evaluations else []
+    body = []
+    for row in rows:
+        line = [row.condition, _short(row.system), *(cell(row, metric) for metric in metrics), f"{row.seconds:.2f}"]
+        body.append(line + ([f"{row.evaluations:.0f}" if row.evaluations else "-"] if with_evaluations else []))
+    return "\n".join([f"{PICTURE_PROTOCOLS[protocol].title} ({rows[0].pictures} pictures)", *aligned(head, body)])
+
+
+def _quality_table(results: Results) -> str:
+    names = list(dict.fromkeys(row["restorer"] for row in results.quality))
+    by_quality: dict[int, dict[str, dict]] = {}
+    for row in results.quality:
+        by_quality.setdefault(row["quality"], {})[row["restorer"]] = row
+    body = []
+    for quality, rows in by_quality.items():
+        unseen = " (unseen)" if next(iter(rows.values()))["trained"] is False else ""
+        cells = [f"{rows[name]['error']:.1f} ({rows[name]['bias']:+.1f})" if name in rows else "-" for name in names]
+        body.append([f"{quality}{unseen}", *cells])
+    return "\n".join(["Error of the quality that is told, in brackets its mean", *aligned(["QF", *names], body)])
+
+
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a Markdown table, its columns as wide as their longest cell."""
+    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(text.ljust(width) for text, width in zip(cells, widths, strict=True))} |"
+
+    yield line(head)
+    yield f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+    yield from map(line, body)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _WIDEST_NAME else f"{name[: _WIDEST_NAME - 3]}..."

@@ -35,6 +35,7 @@ from training.configs import RunConfig, ValidationConfig
 from training.loop import Trainer
 from training.optimizers import make_optimizer
 from training.session import Session
+from training.views import pairs_of
 
 PRESETS = {"cave": "small", "saipe": "small"}
 """Trainings whose preset for a CPU is not called starter."""
@@ -84,7 +85,7 @@ def _row(name: str, folder: Path, place: Path, options: argparse.Namespace) -> d
     config = _config(name, folder, place / "run", options.workers)
     with contextlib.redirect_stdout(io.StringIO()):
         session = Session(name, config)
-        dataset = session._dataset()
+        dataset = pairs_of(config, session.training)
     for index in range(len(session.training)):
         dataset[index]  # decoded once
     pairs = _rate(lambda count: dataset[count], options.seconds / 4)

@@ -24,8 +24,9 @@ from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.networks.saipe import SAIPE, SAIPEConfig
 from training import base_models
 from training.commands import COMMANDS
-from training.data import PairDataset, find_images, scan_images
+from training.data import find_images, scan_images
 from training.half_unet import HalfUNet
+from training.views import pairs_of
 
 _WHOLE = ("driftrec", "regression", "prior", "cave", "saipe", "quality")
 _PEAK = 989e12
@@ -142,11 +143,7 @@ def _count(forward: Callable[[], Tensor], *, gradients: bool = True) -> float:
 
 def _pairs(paths: list[Path], config: Any, seconds: float = 4.0) -> float:
     """Training pairs a second on this core, with pictures that are decoded."""
-    data = config.data
-    dataset = PairDataset(
-        paths, data.crop, data.degradation, augmentation=data.augmentation, flips=data.flips, rotations=data.rotations,
-        downscale=data.downscale, cache_mb=4096,
-    )  # fmt: skip
+    dataset = pairs_of(replace(config, data=replace(config.data, cache_mb=4096)), paths)
     for index in range(len(paths)):
         dataset[index]
     start, count = time.perf_counter(), 0

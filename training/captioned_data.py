@@ -11,7 +11,7 @@ import numpy as np
 
 from training.captions import DEFAULT_NAME, CaptionedCrop, CaptionError, cut_crop, read_captions, read_texts
 from training.configs import DataConfig
-from training.data import PairDataset, find_images
+from training.data import PairDataset, find_images, pair_options
 from training.degradation import DegradedCrop, degrade
 from training.text_states import TextStates
 
@@ -97,11 +97,7 @@ class _Captioned(PairDataset):
     """Pairs of some pictures as a configuration describes them."""
 
     def __init__(self, paths: Sequence[Path], data: DataConfig, seed: int, states: TextStates) -> None:
-        super().__init__(
-            paths, data.crop, data.degradation, seed=seed, augmentation=data.augmentation, flips=data.flips,
-            rotations=data.rotations, downscale=data.downscale, cache_mb=data.cache_mb,
-            shuffle_shards=data.shuffle_shards,
-        )  # fmt: skip
+        super().__init__(paths, **pair_options(data, seed))
         self.states = states
 
 

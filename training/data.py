@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from training.configs import DataConfig
 from training.crops import CropSettings, draw_pair
 from training.degradation import Degradation, DegradedCrop
 from training.pictures import DECODE_ERRORS, IMAGE_EXTENSIONS, find_images, load_image, scan_images
@@ -30,6 +31,7 @@ __all__ = [
     "find_images",
     "load_image",
     "make_loader",
+    "pair_options",
     "scan_images",
 ]
 
@@ -145,6 +147,15 @@ def _numbered_shards(paths: Sequence[Path]) -> np.ndarray | None:
         return None
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names])
+
+
+def pair_options(data: DataConfig, seed: int) -> dict[str, Any]:
+    """What a configuration says of pairs, as arguments of `PairDataset`."""
+    return {
+        "crop": data.crop, "degradation": data.degradation, "seed": seed, "augmentation": data.augmentation,
+        "flips": data.flips, "rotations": data.rotations, "downscale": data.downscale, "cache_mb": data.cache_mb,
+        "shuffle_shards": data.shuffle_shards,
+    }  # fmt: skip
 
 
 class IndexSampler(Sampler[int]):

@@ -25,7 +25,7 @@ class ViewConfig:
     """What of a compressed crop the network sees: as it is, shrunk after it, cut off the block grid, or no JPEG."""
 
     side: int = 128
-    """Side of the square that the network sees, pixels; at most `data.crop`."""
+    """Side of the square that the network sees, pixels; at most `data.crop`, which only shrunk crops need."""
     resized: float = 0.0
     """Share of crops that are shrunk after the compression, by a factor from side / crop to 1."""
     misaligned: float = 0.0

@@ -14,12 +14,13 @@ from restoration.devices import accelerator_available
 from training.checkpoint import read_checkpoint
 from training.commands import COMMANDS
 from training.config_files import to_yaml
-from training.data import PairDataset, find_images, scan_images
+from training.data import find_images, scan_images
 from training.given_files import read_given
 from training.logs import import_wandb
 from training.loop import Trainer
 from training.run_folder import RunFolder, check_same_run
 from training.validation import Validation, split_pictures
+from training.views import pairs_of
 
 _LOOKED_AT = 64
 """Crops that a task may fit its first weights to."""
@@ -98,7 +99,7 @@ class Session:
         )
         validation = Validation(config.validation, self.validation, self.task.size_multiple, folder.show, folder.say)
         self.task.take_validation(validation.pictures)
-        dataset = self.task.dataset(self.training, self.validation) or self._dataset()
+        dataset = self.task.dataset(self.training, self.validation) or pairs_of(config, self.training)
         if not self.resuming and config.run.init_from is None:
             crops = [dataset[index] for index in range(_LOOKED_AT)]
             self.task.look(*(torch.stack([crop[key] for crop in crops]) for key in ("degraded", "clean")))
@@ -111,21 +112,6 @@ class Session:
         if finished:
             self._say(f"done: {folder.restorer} is ready; {self.task.what_next}")
         return finished
-
-    def _dataset(self) -> PairDataset:
-        data = self.config.data
-        return PairDataset(
-            self.training,
-            data.crop,
-            data.degradation,
-            seed=self.config.run.seed,
-            augmentation=data.augmentation,
-            flips=data.flips,
-            rotations=data.rotations,
-            downscale=data.downscale,
-            cache_mb=data.cache_mb,
-            shuffle_shards=data.shuffle_shards,
-        )
 
     def _say(self, text: str) -> None:
         if self.state.is_main_process:

@@ -161,13 +161,9 @@ def _check_data(
 
 def _write_sheet(config: Any, paths: list[Path], options: argparse.Namespace) -> None:
     from training.check.sheet import write_sheet
-    from training.data import PairDataset
+    from training.views import pairs_of
 
-    data = config.data
-    dataset = PairDataset(
-        paths, data.crop, data.degradation, seed=config.run.seed, augmentation=data.augmentation, flips=data.flips,
-        rotations=data.rotations, downscale=data.downscale, cache_mb=data.cache_mb, shuffle_shards=data.shuffle_shards,
-    )  # fmt: skip
+    dataset = pairs_of(config, paths)
     print(f"look at {write_sheet(dataset, options.pairs, options.output)}: clean on the left, degraded on the right")
 
 

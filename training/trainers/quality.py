@@ -8,19 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restoration.networks.timestep_predictor import TimestepPredictor
 from restoration.restorer_file import RestorerMetadata
-from training.quality_configs import QualityConfig, ViewConfig
+from training.quality_configs import QualityConfig
 from training.trainers.task import TaskDefaults, load_whole
 
 _PART = "timestep."
-_GRID = 16
-"""Block grids of JPEGs start at multiples of this, with subsampled colours as well."""
-_UNCOMPRESSED = 100.0
-"""The quality of what is no JPEG."""
 
 
 class QualityTask(TaskDefaults):
@@ -36,12 +31,8 @@ class QualityTask(TaskDefaults):
         self.model.initialize(torch.Generator().manual_seed(config.run.seed))
 
     def loss(self, model: nn.Module, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        images, quality = batch["degraded"], batch["quality"]
-        draws = torch.rand(len(images), generator=generator, device=generator.device).to(images.device)
-        untouched = draws < self.config.view.uncompressed
-        images = torch.where(untouched[:, None, None, None], batch["clean"], images)
-        estimated, _ = model(viewed(images, self.config.view, generator))
-        error = (estimated - quality.masked_fill(untouched, _UNCOMPRESSED)).abs().mean()
+        estimated, _ = model(batch["degraded"])
+        error = (estimated - batch["quality"]).abs().mean()
         self.note({"quality_error": error})
         return error
 
@@ -69,26 +60,3 @@ class QualityTask(TaskDefaults):
         given = {key.removeprefix(_PART): value for key, value in tensors.items() if key.startswith(_PART)}
         given = {key: value for key, value in given.items() if not key.startswith("timestep_head.")}
         load_whole(self.model, given, f"a quality predictor of {self.config.network}", "quality")
-
-
-def viewed(images: Tensor, view: ViewConfig, generator: torch.Generator) -> Tensor:
-    """Compressed crops (B, 3, S, S) in [0, 1] as the network sees them, (B, 3, side, side).
-
-    Most are cut out on the grid of their blocks. Some are shrunk first, as a JPEG is that somebody scaled and saved as
-    a PNG, rounded to 8 bits; some are cut out anywhere.
-    """
-    draws = torch.rand(len(images), 4, generator=generator, device=generator.device).tolist()
-    return torch.stack([_view(image, view, *draw) for image, draw in zip(images, draws, strict=True)])
-
-
-def _view(image: Tensor, view: ViewConfig, kind: float, amount: float, top: float, left: float) -> Tensor:
-    step = _GRID
-    if kind < view.resized:
-        side = view.side + round(amount * (image.shape[-1] - view.side))
-        image = F.interpolate(image[None], (side, side), mode="bicubic", antialias=True)[0]
-        image, step = (image * 255).round().clamp(0, 255) / 255, 1
-    elif kind < view.resized + (1 - view.resized) * view.misaligned:
-        step = 1
-    places = (image.shape[-1] - view.side) // step + 1
-    row, column = (min(int(draw * places), places - 1) * step for draw in (top, left))
-    return image[:, row : row + view.side, column : column + view.side]

@@ -58,7 +58,8 @@ def blockiness(images: Tensor, block: int = 8) -> Tensor:
 def psnr_b(images: Tensor, reference: Tensor, block: int = 8) -> Tensor:
     """PSNR-B (Yim and Bovik 2011) in dB, (B,): a channel's squared error plus its blocking effect factor.
 
-    Colour pictures: the dB values of the channels are averaged, as in the tables of QGAC, FBCNN and DriftRec.
+    Colour pictures: the dB values of the channels are averaged, as torchjpeg does for DriftRec's tables. FBCNN's take
+    the blocking of luma alone.
     """
     _check_pair(images, reference)
     error = (images.float() - reference.float()).square().mean(dim=(2, 3))

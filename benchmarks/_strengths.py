@@ -28,7 +28,7 @@ from restoration.one_step_pipeline import OneStepSettings, SeenImages, restore_o
 from restoration.prompts import CaVEPrompt, SAIPEPrompt
 from restoration.restorer_file import read_restorer
 from restoration.tiling import Tiler
-from training.backbone import DCTModel, load_latent_model
+from training.networks.backbone import DCTModel, load_latent_model
 
 SHOWN = ("psnr", "lpips", "niqe")
 WAYS: dict[str, Callable[[SeenImages, float], tuple[SeenImages, OneStepSettings]]] = {

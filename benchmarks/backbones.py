@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from benchmarks._common import SHARED, centre, evaluation_pictures, heading, jpeg_of, mean, measure
 from restoration.networks.dct_codec import DCTCodec
 from restoration.networks.small_unet import SmallUNetConfig
-from training.checkpoint import Average
-from training.codiff_configs import PRESETS, CoDiffConfig
-from training.data import IndexSampler, PairDataset, find_images, make_loader
-from training.optimizers import Learner, learning_rate
+from training.configs.codiff import PRESETS, CoDiffConfig
+from training.data.pairs import IndexSampler, PairDataset, find_images, make_loader
+from training.loop.checkpoint import Average
+from training.loop.optimizers import Learner, learning_rate
 from training.trainers.small_codiff import SmallCoDiffTask
 
 _SEEN = 64

@@ -29,13 +29,13 @@ from torch.utils.data import default_collate
 from benchmarks._common import SHARED, header, heading
 from benchmarks.data import bundled_folder, measure_floor
 from restoration.devices import accelerator_available
-from training.allocator import keep_freed_memory
 from training.commands import COMMANDS
-from training.configs import RunConfig, ValidationConfig
-from training.loop import Trainer
-from training.optimizers import make_optimizer
-from training.session import Session
-from training.views import pairs_of
+from training.configs.common import RunConfig, ValidationConfig
+from training.data.views import pairs_of
+from training.loop.allocator import keep_freed_memory
+from training.loop.optimizers import make_optimizer
+from training.loop.session import Session
+from training.loop.trainer import Trainer
 
 PRESETS = {"cave": "small", "saipe": "small"}
 """Trainings whose preset for a CPU is not called starter."""

@@ -22,11 +22,11 @@ from benchmarks._common import header, processor
 from benchmarks.data import bundled_folder
 from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.networks.saipe import SAIPE, SAIPEConfig
-from training import base_models
 from training.commands import COMMANDS
-from training.data import find_images, scan_images
-from training.half_unet import HalfUNet
-from training.views import pairs_of
+from training.data.pairs import find_images, scan_images
+from training.data.views import pairs_of
+from training.networks import base_models
+from training.networks.half_unet import HalfUNet
 
 _WHOLE = ("driftrec", "regression", "prior", "cave", "saipe", "quality")
 _PEAK = 989e12

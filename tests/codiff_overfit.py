@@ -13,12 +13,12 @@ from torch import Tensor
 
 from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.restorer_file import RestorerMetadata, write_restorer
-from training.codiff_configs import PRESETS, AdversarialConfig, CoDiffConfig, CoDiffLossConfig
-from training.configs import OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.codiff import PRESETS, AdversarialConfig, CoDiffConfig, CoDiffLossConfig
+from training.configs.common import OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.one_step import BaseConfig, LoRAConfig
 from training.degradation import Degradation, compress
+from training.loop.session import Session
 from training.losses import PerceptualConfig
-from training.one_step_configs import BaseConfig, LoRAConfig
-from training.session import Session
 
 CROP, QUALITY, PATCHES = 64, 10, 8
 

@@ -21,8 +21,8 @@ import torch
 from tiny_trainings import TRAININGS, prepare
 
 from restoration.restorer_file import read_restorer
-from training.checkpoint import read_checkpoint
-from training.session import Session
+from training.loop.checkpoint import read_checkpoint
+from training.loop.session import Session
 
 
 def main(name: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:

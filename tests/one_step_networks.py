@@ -19,7 +19,7 @@ from restoration.restorer_file import RestorerMetadata, write_restorer
 from restoration.restorers import DCT_SMALL
 from tests.prior_networks import randomized
 from tests.reduced_sd21 import CALIBRATION, TINY_PREDICTOR, cave_tensors, predictor_tensors, saipe_tensors
-from training.backbone import make_unet
+from training.networks.backbone import make_unet
 
 TINY_UNET = SmallUNetConfig(widths=(32,), layers=1, context_dim=32)
 TWO_LEVELS = SmallUNetConfig(

@@ -15,12 +15,12 @@ from restoration.networks.saipe import SAIPE, SAIPEConfig
 from restoration.networks.timestep_predictor import TimestepPredictorConfig
 from restoration.restorer_file import RestorerMetadata, write_restorer
 from tests.shared import shared_path
-from training.configs import OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.common import OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.one_step import BaseConfig, LoRAConfig
+from training.configs.sodiff import PRESETS, PromptedAdversarialConfig, SODiffConfig, SODiffLossConfig
 from training.degradation import Degradation, compress
+from training.loop.session import Session
 from training.losses import PerceptualConfig
-from training.one_step_configs import BaseConfig, LoRAConfig
-from training.session import Session
-from training.sodiff_configs import PRESETS, PromptedAdversarialConfig, SODiffConfig, SODiffLossConfig
 
 CROP, PATCHES, QUALITY = 64, 4, 10
 SAIPE_CONFIG = SAIPEConfig(

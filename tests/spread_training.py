@@ -15,8 +15,8 @@ import sodiff_overfit
 from reduced_sd21 import reduced_base
 from torch import nn
 
-from training.codiff_configs import AdversarialConfig
-from training.session import Session
+from training.configs.codiff import AdversarialConfig
+from training.loop.session import Session
 
 
 def make_config(name: str, folder: Path, *, fsdp: bool) -> Any:

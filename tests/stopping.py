@@ -7,13 +7,13 @@ import signal
 
 import pytest
 
-import training.loop
-from training.session import Session
+import training.loop.trainer
+from training.loop.session import Session
 
 
 def stop_after(session: Session, images: int) -> None:
     """Train, with a SIGTERM sent to this process as soon as so many images are done."""
-    step = training.loop.Trainer._step
+    step = training.loop.trainer.Trainer._step
 
     def counted(self, batches):
         statistics = step(self, batches)
@@ -22,5 +22,5 @@ def stop_after(session: Session, images: int) -> None:
         return statistics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.loop.Trainer, "_step", counted)
+        patch.setattr(training.loop.trainer.Trainer, "_step", counted)
         session.train()

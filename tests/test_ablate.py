@@ -12,10 +12,10 @@ from sodiff_overfit import tiny_config, write_patches, write_saipe
 
 from training.__main__ import main
 from training.ablate import FIXED_TIMESTEP, FULL, ROWS, variants
-from training.checkpoint import read_checkpoint
-from training.config_files import to_yaml
+from training.command_line.files import to_yaml
+from training.configs.sodiff import PRESETS, SODiffConfig
+from training.loop.checkpoint import read_checkpoint
 from training.losses import PerceptualConfig
-from training.sodiff_configs import PRESETS, SODiffConfig
 
 
 def test_each_row_leaves_out_one_thing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from restoration.diffusion.one_step import alphas_cumprod_sd
 from restoration.restorer_file import RestorerFileError, read_restorer
 from tests.reduced_sd21 import reduced_base, write_codiff, write_sodiff
 from tests.restore_folders import cut, levels, restore, save
-from training.base_models import BaseModelError, add_lora, lora_layers
+from training.networks.base_models import BaseModelError, add_lora, lora_layers
 from training.restore.adapted_base import load_adapted_base
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from shared import ROOT
 
-from training.captions import CaptionedCrop, CaptionError, cut_crop, draw_crop, read_captions, read_texts
+from training.data.captions import CaptionedCrop, CaptionError, cut_crop, draw_crop, read_captions, read_texts
 from training.prepare import run
 from training.prepare.captions import CaptionSettings, write_captions
 

@@ -22,9 +22,9 @@ from training.check.duplicates import find_duplicates
 from training.check.facts import PictureFacts, find_grid, fingerprint, look_at
 from training.check.pictures import Expectation, judge, look_at_all
 from training.commands import COMMANDS
-from training.crops import CropSettings, draw_pair
+from training.data.crops import CropSettings, draw_pair
+from training.data.pictures import DECODE_ERRORS, load_image
 from training.degradation import Degradation, compress
-from training.pictures import DECODE_ERRORS, load_image
 
 PHOTOS = {"astronaut": data.astronaut, "coffee": data.coffee, "chelsea": data.chelsea, "rocket": data.rocket}
 
@@ -158,8 +158,8 @@ def test_what_would_stop_the_training_is_a_problem(sound: Path, tmp_path: Path, 
 
 
 def test_another_run_in_the_folder_is_a_problem(sound: Path, tmp_path: Path, capsys) -> None:
-    from training.command_line import parse
-    from training.config_files import to_plain
+    from training.command_line.configure import parse
+    from training.command_line.files import to_plain
 
     arguments = [str(word) for word in tiny(sound, tmp_path)[1:-2]]
     _, config = parse("regression", arguments)
@@ -183,8 +183,8 @@ def test_disk_and_memory_are_compared_with_what_is_there(sound: Path, tmp_path: 
 
 
 def test_the_estimated_checkpoint_is_as_large_as_the_written_one(sound: Path, tmp_path: Path) -> None:
-    from training.command_line import parse
-    from training.session import Session
+    from training.command_line.configure import parse
+    from training.loop.session import Session
 
     arguments = [str(word) for word in tiny(sound, tmp_path)[1:-2]]
     arguments += ["--run.images", "4", "--data.workers", "0"]
@@ -198,7 +198,7 @@ def test_the_estimated_checkpoint_is_as_large_as_the_written_one(sound: Path, tm
 
 
 def test_activations_grow_with_pixels_and_pictures(sound: Path, tmp_path: Path) -> None:
-    from training.command_line import parse
+    from training.command_line.configure import parse
 
     def memory(*more: object) -> int:
         _, config = parse("regression", [str(word) for word in [*tiny(sound, tmp_path)[1:-2], *more]])
@@ -261,7 +261,7 @@ def test_all_pairs_within_four_bits_are_found_as_by_comparing_all() -> None:
 
 
 def test_models_are_looked_for_in_folders_and_in_the_hubs_cache(tmp_path: Path, monkeypatch) -> None:
-    from training.command_line import parse
+    from training.command_line.configure import parse
 
     base = tmp_path / "base"
     for part in ("unet", "vae"):

@@ -12,12 +12,12 @@ import pytest
 import tyro
 from shared import ROOT
 
-from training.command_line import parse
+from training.command_line.checks import ConfigError, Given, Names, leaves, put_in, unknown_name, value_of
+from training.command_line.configure import parse
+from training.command_line.files import read_config
+from training.command_line.options import given_in_options, split_options, written
+from training.command_line.values import WRONG, convert, convert_words, in_words
 from training.commands import COMMANDS
-from training.config_checks import ConfigError, Given, Names, leaves, put_in, unknown_name, value_of
-from training.config_files import read_config
-from training.config_options import given_in_options, split_options, written
-from training.config_values import WRONG, convert, convert_words, in_words
 
 
 def words_of(value: Any) -> list[str]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from training.codiff_configs import CoDiffConfig
-from training.command_line import parse
-from training.config_checks import ConfigError
-from training.config_ranges import RANGES
-from training.configs import DataConfig, OptimizerConfig, RunConfig, SDEConfig, ValidationConfig
+from training.command_line.checks import ConfigError
+from training.command_line.configure import parse
+from training.configs.codiff import CoDiffConfig
+from training.configs.common import DataConfig, OptimizerConfig, RunConfig, SDEConfig, ValidationConfig
+from training.configs.ranges import RANGES
 from training.degradation import Degradation
 
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from training.__main__ import main
+from training.command_line.checks import leaves
+from training.command_line.files import to_plain
 from training.commands import COMMANDS
-from training.config_checks import leaves
-from training.config_files import to_plain
 from training.presets.commented import to_commented_yaml
 from training.presets.schema import make_schema, of_type
 

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from tests.reduced_sd21 import reduced_base
 from tests.test_reduced_sd21 import FULL_UNET
-from training.discriminators import LatentDiscriminator, discriminator_loss, generator_loss
+from training.networks.discriminators import LatentDiscriminator, discriminator_loss, generator_loss
 
 
 @pytest.fixture(scope="module")

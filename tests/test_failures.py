@@ -14,8 +14,8 @@ import torch
 from torch._utils import ExceptionWrapper
 
 from training import __main__ as program
-from training.checkpoint import CheckpointError
 from training.failures import MISTAKE, NO_ROOM, explain
+from training.loop.checkpoint import CheckpointError
 
 
 def said(error: BaseException, command: str = "driftrec", *, trains: bool = True) -> tuple[str, int]:

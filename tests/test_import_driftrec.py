@@ -14,7 +14,7 @@ from restoration.diffusion.sde import make_sde
 from restoration.importers.driftrec import DriftRecCheckpointError, import_driftrec
 from restoration.networks.ncsnpp import NCSNpp, NCSNppConfig
 from restoration.restorer_file import RestorerFileError, read_restorer
-from training.configs import DriftRecConfig, RegressionConfig
+from training.configs.driftrec import DriftRecConfig, RegressionConfig
 from training.trainers.score import DriftRecTask, RegressionTask
 
 NETWORK = {"width": 8, "channel_multipliers": (1, 1, 1, 1, 2), "res_blocks": 1, "attention_levels": (4,)}

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import rgb_to_grayscale
 
 from restoration.dists import load_dists
 from restoration.lpips import load_lpips_squeeze
-from training.codiff_configs import CoDiffLossConfig
+from training.configs.codiff import CoDiffLossConfig
 from training.losses import EdgeAware, PerceptualConfig, make_perceptual, pixel_loss, sobel_edges
 
 DOWNLOAD = "torchvision.models._api.load_state_dict_from_url"

@@ -20,9 +20,9 @@ from shared import ROOT
 
 from tests.ddrm_graphs import write_prior
 from training.__main__ import main
-from training.checkpoint import write_checkpoint
-from training.config_files import to_plain
-from training.configs import PRESETS
+from training.command_line.files import to_plain
+from training.configs.driftrec import PRESETS
+from training.loop.checkpoint import write_checkpoint
 
 DOCUMENT = ROOT / "docs" / "mistakes.md"
 
@@ -76,7 +76,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     write_prior(tmp_path / "prior.safetensors")
     (tmp_path / "weights").symlink_to(ROOT / "weights")
-    stored = {"command": "driftrec", **to_plain(PRESETS["driftrec"]["starter"])}
+    stored = {"command": "driftrec", **to_plain(PRESETS["starter"])}
     (tmp_path / "runs/theirs/config.json").write_text(json.dumps(stored))
     write_checkpoint(tmp_path / "runs/theirs/checkpoint.pt", {"images": 480})
     whole = (tmp_path / "runs/theirs/checkpoint.pt").read_bytes()
@@ -111,13 +111,13 @@ def failing(error: BaseException) -> Callable[[pytest.MonkeyPatch], None]:
         def train(_: object) -> None:
             raise error
 
-        monkeypatch.setattr("training.session.Session.train", train)
+        monkeypatch.setattr("training.loop.session.Session.train", train)
 
     return patch
 
 
 SIMULATED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "27": lambda monkeypatch: without(monkeypatch, "accelerate", "training.session"),
+    "27": lambda monkeypatch: without(monkeypatch, "accelerate", "training.loop.session"),
     "28": lambda monkeypatch: without(monkeypatch, "bitsandbytes"),
     "30": failing(
         torch.OutOfMemoryError(

@@ -20,7 +20,7 @@ from tests.codiff_graphs import failure, run
 from tests.graphs import Graph, photo
 from tests.one_step_networks import TINY_SAIPE, TINY_UNET, TWO_LEVELS, write_tiny_sodiff
 from tests.starter_graphs import encoded, loaded, numbers, outcome, random_prompt, step, write
-from training.backbone import make_unet
+from training.networks.backbone import make_unet
 
 pytestmark = pytest.mark.comfyui
 SHAPES = {

@@ -13,7 +13,7 @@ from restoration.restorer_file import write_restorer
 from tests.codiff_graphs import run
 from tests.codiff_overfit import CROP, overfit, tiny_config
 from tests.graphs import Graph, photo
-from training.configs import RunConfig
+from training.configs.common import RunConfig
 from training.trainers.codiff import CoDiffTask
 
 pytestmark = pytest.mark.comfyui

@@ -14,7 +14,7 @@ from tests.codiff_graphs import run
 from tests.graphs import Graph, photo
 from tests.sodiff_graphs import compressed
 from tests.sodiff_overfit import CROP, overfit, tiny_config
-from training.configs import RunConfig
+from training.configs.common import RunConfig
 from training.trainers.sodiff import SODiffTask
 
 pytestmark = pytest.mark.comfyui

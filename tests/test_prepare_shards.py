@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import shards
-from training.pictures import find_images, load_image
+from training.data.pairs import shards
+from training.data.pictures import find_images, load_image
+from training.data.shards import ShardError, index_path, scan_shard, stored_index
 from training.prepare import run
 from training.prepare.shards import ShardSettings, write_shards
-from training.shards import ShardError, index_path, scan_shard, stored_index
 
 
 @pytest.fixture(autouse=True)

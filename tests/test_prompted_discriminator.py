@@ -9,8 +9,8 @@ from tests.reduced_sd21 import SCHEDULER
 from tests.reduced_sdxl import FULL_SDXL, SMALL_SD21, SMALL_SDXL, small_unet, write_sdxl
 from tests.test_discriminators import judged, latents, with_merged_adapters, with_trained_adapters
 from tests.test_reduced_sd21 import FULL_UNET
-from training.base_models import load_sdxl_unet
-from training.discriminators import PromptedDiscriminator, discriminator_loss, generator_loss
+from training.networks.base_models import load_sdxl_unet
+from training.networks.discriminators import PromptedDiscriminator, discriminator_loss, generator_loss
 
 KINDS = pytest.mark.parametrize("config", [SMALL_SDXL, SMALL_SD21], ids=["sdxl", "sd21"])
 

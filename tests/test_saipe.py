@@ -11,7 +11,7 @@ from torch import nn
 
 from restoration.networks.saipe import SAIPE, SAIPEConfig
 from restoration.networks.swin import WindowAttention
-from training.checkpoint import load_trained_state, trained_state
+from training.loop.checkpoint import load_trained_state, trained_state
 
 TINY = SAIPEConfig(
     dim=12, down_depths=(2, 1), up_depths=(1,), heads=3, window=4, performer_depth=2, performer_heads=2,

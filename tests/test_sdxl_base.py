@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from tests.reduced_sdxl import FULL_SDXL, write_sdxl
-from training.base_models import BaseModelError, load_sdxl_unet
+from training.networks.base_models import BaseModelError, load_sdxl_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

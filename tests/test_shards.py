@@ -16,12 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
-from training import shards
-from training.captions import read_texts
-from training.data import IndexSampler, PairDataset, epoch_order, find_images, load_image, make_loader, scan_images
+from training.data.captions import read_texts
+from training.data.pairs import (
+    IndexSampler,
+    PairDataset,
+    epoch_order,
+    find_images,
+    load_image,
+    make_loader,
+    scan_images,
+    shards,
+)
+from training.data.shards import ShardError, expand_shards, index_path, read_beside, scan_shard, shard_of
 from training.degradation import PRESETS
 from training.prepare.indexes import write_indexes
-from training.shards import ShardError, expand_shards, index_path, read_beside, scan_shard, shard_of
 
 
 def picture_bytes(number: int, kind: str = "PNG") -> bytes:
@@ -225,8 +233,8 @@ def test_captions_in_shards_lie_beside_their_pictures(tmp_path):
 
 
 def test_a_training_learns_from_shards(folder, tmp_path):
-    from training.command_line import parse
-    from training.session import Session
+    from training.command_line.configure import parse
+    from training.loop.session import Session
 
     arguments = ["--data.train", f"{folder}/s-{{000..011}}.tar", "--data.crop", "16", "--data.workers", "0"]
     arguments += ["--run.output", str(tmp_path / "run"), "--run.images", "8", "--run.batch", "4"]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from restoration.networks.small_unet import SmallUNetConfig
 from tests.one_step_networks import TINY_UNET, TWO_LEVELS, diffusers_unet
-from training.backbone import make_unet
+from training.networks.backbone import make_unet
 
 FOUR_LEVELS = SmallUNetConfig(
     widths=(32, 32, 64, 64), layers=1, attention=(False, True, False, False), head_dim=16, context_dim=24

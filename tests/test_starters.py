@@ -20,8 +20,8 @@ from restoration.pipelines import DriftRecSettings, restore_driftrec, restore_re
 from restoration.prior_pipeline import DDRMSettings, restore_ddrm
 from restoration.restorer_file import read_restorer
 from restoration.restorers import build_restorer, load_weights
-from training.backbone import load_latent_model
 from training.degradation import compress
+from training.networks.backbone import load_latent_model
 
 WEIGHTS = ROOT / "weights"
 

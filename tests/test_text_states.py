@@ -14,8 +14,8 @@ from shared import ROOT
 from tiny_text_encoder import write_text_encoder
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import training.text_states as text_states
-from training.text_states import TextEncoder, TextStatesError, cached_text_states
+import training.data.text_states as text_states
+from training.data.text_states import TextEncoder, TextStatesError, cached_text_states
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_states_travel_to_worker_processes(base: Path, tmp_path: Path) -> None:
 def test_processes_share_the_captions(base: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nimport training.text_states as text_states\n"
+        "import sys\nfrom pathlib import Path\nimport training.data.text_states as text_states\n"
         "text_states._SHARD, seen, states = 2, [], text_states.TextEncoder.states\n"
         "text_states.TextEncoder.states = lambda encoder, tokens: seen.append(len(tokens)) or states(encoder, tokens)\n"
         "found = text_states.cached_text_states('abcdefghij', sys.argv[1], Path(sys.argv[2]))\n"

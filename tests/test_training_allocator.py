@@ -11,7 +11,7 @@ from shared import ROOT
 
 COUNT_FAULTS = """
 import resource, sys, torch
-from training.allocator import keep_freed_memory
+from training.loop.allocator import keep_freed_memory
 done = keep_freed_memory() if sys.argv[1] == "keep" else False
 for _ in range(3):
     torch.zeros(2**23).add_(1)

@@ -13,9 +13,10 @@ from PIL import Image
 from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.restorer_file import RestorerFileError, read_restorer
 from tests.shared import shared_path
-from training.configs import PRESETS, CaVETrainingConfig, RunConfig, ValidationConfig
+from training.configs.cave import PRESETS, CaVETrainingConfig
+from training.configs.common import RunConfig, ValidationConfig
 from training.degradation import Degradation, compress
-from training.session import Session
+from training.loop.session import Session
 from training.trainers.cave import CaVETask, whiten
 
 CODE_QUALITIES = (10, 20, 30, 40, 50, 60)
@@ -23,7 +24,7 @@ UNSEEN = (15, 25, 35, 45, 55)
 
 
 def small(**changes) -> CaVETrainingConfig:
-    return replace(PRESETS["cave"]["small"], **changes)
+    return replace(PRESETS["small"], **changes)
 
 
 def batch(seed: int = 0, images: int = 4) -> dict[str, torch.Tensor]:
@@ -66,7 +67,7 @@ def test_batches_are_cut_to_one_of_the_sides_at_random() -> None:
 
 
 def test_presets_are_the_papers_and_the_codes() -> None:
-    paper, code = PRESETS["cave"]["paper"], PRESETS["cave"]["code"]
+    paper, code = PRESETS["paper"], PRESETS["code"]
     for config in (paper, code):
         assert sum(parameter.numel() for parameter in CaVE(config.network, device="meta").parameters()) == 74_887_428
         assert (config.quality_weight, config.run.batch, config.data.crop) == (1e-3, 128, 256)

@@ -23,13 +23,13 @@ from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.networks.sd21_layers import codiff_unet_targets, codiff_vae_targets
 from restoration.prompts import CaVEPrompt
 from restoration.restorer_file import RestorerFileError, read_restorer, write_restorer
-from training.base_models import BaseModel, BaseModelError, load_base, lora_layers
-from training.checkpoint import read_checkpoint
-from training.codiff_configs import PRESETS, AdversarialConfig, CoDiffConfig, CoDiffLossConfig
-from training.command_line import parse
+from training.command_line.configure import parse
+from training.configs.codiff import PRESETS, AdversarialConfig, CoDiffConfig, CoDiffLossConfig
+from training.configs.one_step import BaseConfig, LoRAConfig
+from training.loop.checkpoint import read_checkpoint
+from training.loop.session import Session
 from training.losses import PerceptualConfig
-from training.one_step_configs import BaseConfig, LoRAConfig
-from training.session import Session
+from training.networks.base_models import BaseModel, BaseModelError, load_base, lora_layers
 from training.trainers.codiff import CoDiffModel, CoDiffTask
 
 SD21_UNET = {

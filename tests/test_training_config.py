@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 from shared import ROOT
 
-from training.checkpoint import write_checkpoint
-from training.command_line import parse
+from training.command_line.configure import parse
+from training.command_line.files import ConfigError, read_config, to_plain, to_yaml
 from training.commands import COMMANDS
-from training.config_files import ConfigError, read_config, to_plain, to_yaml
-from training.configs import PRESETS
+from training.configs.driftrec import PRESETS, REGRESSION_PRESETS
+from training.loop.checkpoint import write_checkpoint
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +55,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes("# Größe\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"mine\.yaml: expected UTF-8 text, got the byte 0xf6 at position 4"):
-        read_config(path, PRESETS["driftrec"]["paper"])
+        read_config(path, PRESETS["paper"])
 
 
 def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) 
     assert config.run.batch == 8
     assert config.run.images == 1000
     assert config.optimizer.learning_rate == 3e-4
-    assert config.network.width == PRESETS["driftrec"]["starter"].network.width
+    assert config.network.width == PRESETS["starter"].network.width
 
 
 def test_all_mistakes_of_a_file_are_reported_at_once_with_the_nearest_name(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_all_mistakes_of_a_file_are_reported_at_once_with_the_nearest_name(tmp_p
         "data2: 1\nprediction: {kind: image}\n"
     )
     with pytest.raises(ConfigError) as caught:
-        read_config(path, PRESETS["driftrec"]["paper"])
+        read_config(path, PRESETS["paper"])
     message = str(caught.value)
     assert "data.crpo: unknown key, did you mean 'crop'?" in message
     assert "data.workers: expected a whole number, got 'two'" in message
@@ -87,7 +87,7 @@ def test_all_mistakes_of_a_file_are_reported_at_once_with_the_nearest_name(tmp_p
 
 
 def test_the_written_configuration_names_every_field() -> None:
-    values = yaml.safe_load(to_yaml(PRESETS["driftrec"]["starter"]))
+    values = yaml.safe_load(to_yaml(PRESETS["starter"]))
     assert values["network"]["channel_multipliers"] == [1, 2, 2, 2]
     assert values["data"]["degradation"]["subsampling"]["4:2:0"] == 0.7
 
@@ -113,7 +113,7 @@ def test_dry_run_refuses_the_folder_of_another_run_and_says_where_its_own_stands
     pictures.mkdir()
     Image.new("RGB", (40, 40), (40, 9, 9)).save(pictures / "a.png")
     output.mkdir()
-    config = PRESETS["regression"]["starter"]
+    config = REGRESSION_PRESETS["starter"]
     stored = {"command": "regression", **to_plain(config)}
     (output / "config.json").write_text(json.dumps(stored))
     write_checkpoint(output / "checkpoint.pt", {"images": 480})

@@ -20,14 +20,20 @@ from PIL import Image
 from shared import ROOT
 from toy_gan import TOY, ToyConfig, ToyTask
 
-import training.loop
+import training.loop.trainer
 from restoration.restorer_file import read_restorer
-from training.checkpoint import CheckpointError, load_trained_state, read_checkpoint, trained_state, write_checkpoint
 from training.commands import COMMANDS
-from training.configs import OptimizerConfig
-from training.loop import TrainingStoppedError
-from training.optimizers import Learner, make_optimizer
-from training.session import Session
+from training.configs.common import OptimizerConfig
+from training.loop.checkpoint import (
+    CheckpointError,
+    load_trained_state,
+    read_checkpoint,
+    trained_state,
+    write_checkpoint,
+)
+from training.loop.optimizers import Learner, make_optimizer
+from training.loop.session import Session
+from training.loop.trainer import TrainingStoppedError
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +59,7 @@ def toy(pictures: Path, output: Path, **run: object) -> ToyConfig:
 
 def train(session: Session, *, stop_at: int | None = None) -> ToyTask:
     """Train; with `stop_at`, a SIGTERM arrives during the step that reaches so many images."""
-    step = training.loop.Trainer._step
+    step = training.loop.trainer.Trainer._step
 
     def interrupted(self, batches):
         if self.images + self.run_config.batch == stop_at:
@@ -61,7 +67,7 @@ def train(session: Session, *, stop_at: int | None = None) -> ToyTask:
         return step(self, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.loop.Trainer, "_step", interrupted)
+        patch.setattr(training.loop.trainer.Trainer, "_step", interrupted)
         session.train()
     assert isinstance(session.task, ToyTask)
     return session.task

@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from shared import ROOT
 from tiny_trainings import same, tiny, write_pictures
 
-import training.run_folder
+import training.loop.run_folder
 from restoration.restorer_file import read_metadata
-from training.checkpoint import read_checkpoint
-from training.config_files import to_yaml
-from training.logs import StatsFile, TensorBoard
-from training.loop import TrainingStoppedError
-from training.run_folder import RunFolderError
-from training.session import Session
+from training.command_line.files import to_yaml
+from training.loop.checkpoint import read_checkpoint
+from training.loop.logs import StatsFile, TensorBoard
+from training.loop.run_folder import RunFolderError
+from training.loop.session import Session
+from training.loop.trainer import TrainingStoppedError
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,11 @@ FULL = {
     "tensorboard": (TensorBoard, "figures", lambda self, images, values: images == 20, NO_SPACE, 20),
     "samples": (TensorBoard, "picture", lambda self, images, name, picture: images == 16, NO_SPACE, 16),
     "best": (
-        training.run_folder, "write_restorer", lambda path, metadata, _: metadata.training["images"] == 16, RUST, 16
+        training.loop.run_folder, "write_restorer", lambda path, metadata, _: metadata.training["images"] == 16,
+        RUST, 16,
     ),
     "export": (
-        training.run_folder, "write_restorer",
+        training.loop.run_folder, "write_restorer",
         lambda path, metadata, _: metadata.training["images"] == 32 and "best" not in path.name, RUST, 32,
     ),
 }  # fmt: skip
@@ -88,7 +89,7 @@ def test_a_full_disk_is_told_and_loses_nothing(
 def test_a_disk_that_is_full_from_the_start_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.run_folder, "replace_text", full(print, lambda *_: True, NO_SPACE))
+    monkeypatch.setattr(training.loop.run_folder, "replace_text", full(print, lambda *_: True, NO_SPACE))
     with pytest.raises(RunFolderError, match=r"cannot write .*No space left on device\. Free some space, or give"):
         Session("regression", tiny(folder, tmp_path)).train()
 

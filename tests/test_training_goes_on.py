@@ -17,10 +17,10 @@ from shared import ROOT
 from stopping import stop_after
 from tiny_trainings import tiny, weights, write_pictures
 
-import training.steps
-from training.checkpoint import read_checkpoint
-from training.config_files import to_yaml
-from training.session import Session
+import training.loop.steps
+from training.command_line.files import to_yaml
+from training.loop.checkpoint import read_checkpoint
+from training.loop.session import Session
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -57,14 +57,14 @@ def test_with_another_batch_every_picture_is_still_seen_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    take = training.steps.Steps.take
+    take = training.loop.steps.Steps.take
 
     def noted(self: Any, images: int, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
         assert images == len(seen)
         seen.extend(int(index) for batch in micro_batches for index in batch["index"])
         return take(self, images, micro_batches)
 
-    monkeypatch.setattr(training.steps.Steps, "take", noted)
+    monkeypatch.setattr(training.loop.steps.Steps, "take", noted)
     for images, batch, accumulate in ((12, 4, 1), (36, 8, 2), (40, 2, 1)):
         Session("regression", tiny(folder, tmp_path, images=images, batch=batch, accumulate=accumulate)).train()
     assert seen == list(range(40))

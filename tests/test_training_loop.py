@@ -20,12 +20,13 @@ from stopping import stop_after
 from restoration.pipelines import restore_regression
 from restoration.restorer_file import read_restorer
 from restoration.restorers import build_restorer, load_weights
-from training.checkpoint import Average, CheckpointError, read_checkpoint, write_checkpoint
-from training.configs import PRESETS, OptimizerConfig
+from training.commands import COMMANDS
+from training.configs.common import OptimizerConfig
 from training.degradation import Degradation
-from training.loop import TrainingStoppedError
-from training.run_folder import RunFolderError
-from training.session import Session
+from training.loop.checkpoint import Average, CheckpointError, read_checkpoint, write_checkpoint
+from training.loop.run_folder import RunFolderError
+from training.loop.session import Session
+from training.loop.trainer import TrainingStoppedError
 
 TINY = [
     "--preset", "starter", "--network.width", "8", "--network.channel-multipliers", "1", "1",
@@ -51,7 +52,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def tiny(command: str, pictures: Path, output: Path, **run: object):
-    config = PRESETS[command]["starter"]
+    config = COMMANDS[command].presets()["starter"]
     network = dataclasses.replace(config.network, width=8, channel_multipliers=(1, 1), res_blocks=1)
     return dataclasses.replace(
         config,

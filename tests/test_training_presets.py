@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.preset_memory import LiveTensors, count, countable
 from training.__main__ import main
-from training.command_line import parse
+from training.command_line.checks import groups, leaves
+from training.command_line.configure import parse
+from training.command_line.files import read_config
 from training.commands import COMMANDS
-from training.config_checks import groups, leaves
-from training.config_files import read_config
 from training.presets.commented import to_commented_yaml
 from training.presets.descriptions import describe_class, describe_fields
 from training.presets.figures import KNOWN, NOTES

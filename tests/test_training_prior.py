@@ -17,9 +17,9 @@ from restoration.jpeg import encode_with_pillow, read_jpeg_and_pixels
 from restoration.networks.adm_unet import ADMUNetConfig
 from restoration.restorer_file import read_restorer, write_restorer
 from restoration.restorers import build_restorer, load_weights
-from training.configs import OptimizerConfig, RunConfig, ValidationConfig
-from training.prior_configs import PRESETS, PriorConfig
-from training.session import Session
+from training.configs.common import OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.prior import PRESETS, PriorConfig
+from training.loop.session import Session
 from training.trainers.prior import PriorTask
 
 SMALL = ADMUNetConfig(

@@ -14,13 +14,13 @@ from PIL import Image
 from restoration.networks.timestep_predictor import TimestepPredictor, TimestepPredictorConfig
 from restoration.restorer_file import RestorerFileError, half, read_restorer
 from tests.shared import shared_path
-from training.configs import RunConfig, ValidationConfig
-from training.crops import draw_pair
+from training.configs.common import RunConfig, ValidationConfig
+from training.configs.quality import PRESETS, QualityConfig, ViewConfig
+from training.data.crops import draw_pair
+from training.data.views import View, draw_view, pairs_of, see
 from training.degradation import Degradation, compress
-from training.quality_configs import PRESETS, QualityConfig, ViewConfig
-from training.session import Session
+from training.loop.session import Session
 from training.trainers.quality import QualityTask
-from training.views import View, draw_view, pairs_of, see
 
 SMALL = TimestepPredictorConfig(timesteps=0, stem=64, width=8, blocks=2, hidden=16)
 
@@ -149,7 +149,7 @@ def test_only_shrunk_views_cost_a_whole_crop(tmp_path: Path, monkeypatch: pytest
         latest.append(settings.crop)
         return drawn(picture, settings, seed)
 
-    monkeypatch.setattr("training.views.draw_pair", spy)
+    monkeypatch.setattr("training.data.views.draw_pair", spy)
     pairs = pairs_of(config, sorted((tmp_path / "pictures").iterdir()))
     for index in range(40):
         sides[pairs.pair(index)[1].description["view"]["kind"]].add(latest[-1])

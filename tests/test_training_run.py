@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_trainings import same, stats, tiny, write_pictures
 
 from restoration.restorer_file import read_metadata, read_restorer
-from training.checkpoint import read_checkpoint
-from training.logs import StatsFile, TensorBoard
-from training.progress import Lines, duration
-from training.session import Session
-from training.validation import Validation, is_better
+from training.loop.checkpoint import read_checkpoint
+from training.loop.logs import StatsFile, TensorBoard
+from training.loop.progress import Lines, duration
+from training.loop.session import Session
+from training.loop.validation import Validation, is_better
 
 
 @pytest.fixture(scope="module")

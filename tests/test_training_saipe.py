@@ -17,15 +17,15 @@ from tiny_text_encoder import write_text_encoder
 from restoration.networks.saipe import SAIPE, SAIPEConfig
 from restoration.restorer_file import RestorerFileError, read_restorer
 from tests.shared import shared_path
-from training.captioned_data import CaptionedCrops, CaptionedPictures, find_captions
-from training.captions import CaptionedCrop, CaptionError, draw_crop
-from training.checkpoint import read_checkpoint
-from training.configs import DataConfig, RunConfig, ValidationConfig
-from training.data import PairDataset, find_images
+from training.configs.common import DataConfig, RunConfig, ValidationConfig
+from training.configs.saipe import PRESETS, SAIPETrainingConfig, TextEncoderConfig
+from training.data.captioned import CaptionedCrops, CaptionedPictures, find_captions
+from training.data.captions import CaptionedCrop, CaptionError, draw_crop
+from training.data.pairs import PairDataset, find_images
+from training.data.text_states import TextStatesError
 from training.degradation import Degradation
-from training.saipe_configs import PRESETS, SAIPETrainingConfig, TextEncoderConfig
-from training.session import Session
-from training.text_states import TextStatesError
+from training.loop.checkpoint import read_checkpoint
+from training.loop.session import Session
 from training.trainers.saipe import SAIPETask
 
 NETWORK = SAIPEConfig(

@@ -27,14 +27,14 @@ from restoration.one_step_pipeline import OneStepSettings, restore_one_step, see
 from restoration.restorer_file import RestorerFileError, half, read_restorer, write_restorer
 from restoration.restorers import build_restorer, load_weights
 from restoration.tiling import Tiler
-from training.backbone import DCTModel, load_latent_model, make_unet
-from training.codiff_configs import PRESETS as CODIFF
-from training.codiff_configs import AdversarialConfig, CoDiffConfig
-from training.configs import OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.codiff import PRESETS as CODIFF
+from training.configs.codiff import AdversarialConfig, CoDiffConfig
+from training.configs.common import OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.sodiff import PRESETS as SODIFF
+from training.configs.sodiff import PromptedAdversarialConfig, SODiffConfig
+from training.loop.session import Session
 from training.losses import PerceptualConfig
-from training.session import Session
-from training.sodiff_configs import PRESETS as SODIFF
-from training.sodiff_configs import PromptedAdversarialConfig, SODiffConfig
+from training.networks.backbone import DCTModel, load_latent_model, make_unet
 from training.trainers.small import SmallTask
 from training.trainers.small_codiff import SmallCoDiffTask
 from training.trainers.small_sodiff import SmallSODiffTask

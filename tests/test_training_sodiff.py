@@ -23,13 +23,13 @@ from restoration.networks.saipe import SAIPE, SAIPEConfig
 from restoration.networks.timestep_predictor import TimestepPredictor, TimestepPredictorConfig, gumbel_noise
 from restoration.restorer_file import RestorerFileError, RestorerMetadata, read_restorer, write_restorer
 from tests.shared import ROOT
-from training.base_models import lora_layers
-from training.checkpoint import read_checkpoint
+from training.configs.one_step import LoRAConfig
+from training.configs.sodiff import PRESETS, PromptedAdversarialConfig, SODiffConfig
 from training.degradation import Degradation
-from training.discriminators import PromptedDiscriminator
-from training.one_step_configs import LoRAConfig
-from training.session import Session
-from training.sodiff_configs import PRESETS, PromptedAdversarialConfig, SODiffConfig
+from training.loop.checkpoint import read_checkpoint
+from training.loop.session import Session
+from training.networks.base_models import lora_layers
+from training.networks.discriminators import PromptedDiscriminator
 from training.trainers.sodiff import CALIBRATED_QUALITIES, SODiffTask
 
 

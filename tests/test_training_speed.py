@@ -15,10 +15,10 @@ from shared import ROOT
 from spread_training import make_config
 from tiny_trainings import same, tiny, weights, write_pictures
 
-from training.checkpoint import read_checkpoint
-from training.configs import OptimizerConfig
-from training.optimizers import make_optimizer
-from training.session import Session
+from training.configs.common import OptimizerConfig
+from training.loop.checkpoint import read_checkpoint
+from training.loop.optimizers import make_optimizer
+from training.loop.session import Session
 
 START = 1e-3
 

@@ -18,12 +18,14 @@ from PIL import Image
 from tiny_text_encoder import write_text_encoder
 
 from restoration.networks.cave import CaVEConfig
-from training.checkpoint import read_checkpoint
-from training.configs import PRESETS, RunConfig, ValidationConfig
-from training.prior_configs import PRESETS as PRIOR
-from training.quality_configs import PRESETS as QUALITY
-from training.saipe_configs import TextEncoderConfig
-from training.sodiff_configs import PromptedAdversarialConfig
+from training.commands import COMMANDS
+from training.configs.cave import PRESETS as CAVE
+from training.configs.common import RunConfig, ValidationConfig
+from training.configs.prior import PRESETS as PRIOR
+from training.configs.quality import PRESETS as QUALITY
+from training.configs.saipe import TextEncoderConfig
+from training.configs.sodiff import PromptedAdversarialConfig
+from training.loop.checkpoint import read_checkpoint
 
 BATCH, STEPS = 4, 10
 RUN = {"images": BATCH * STEPS, "batch": BATCH, "checkpoint_every": 2 * BATCH, "keep_every": 6 * BATCH, "keep": 1}
@@ -58,14 +60,14 @@ def _shared(config: Any, folder: Path, output: Path, crop: int, **data: Any) -> 
 
 
 def _driftrec(command: str, folder: Path, output: Path, workers: int) -> Any:
-    config: Any = PRESETS[command]["starter"]
+    config: Any = COMMANDS[command].presets()["starter"]
     network = replace(config.network, width=8, channel_multipliers=(1, 1), res_blocks=1)
     optimizer = replace(config.optimizer, warmup_images=8)
     return _shared(replace(config, network=network, optimizer=optimizer), folder, output, 16, workers=workers)
 
 
 def _cave(folder: Path, output: Path) -> Any:
-    config = replace(PRESETS["cave"]["small"], network=CaVEConfig(widths=(4, 4, 8, 8), blocks=1), sides=())
+    config = replace(CAVE["small"], network=CaVEConfig(widths=(4, 4, 8, 8), blocks=1), sides=())
     return replace(_shared(config, folder, output, 64), sides=(32, 64))
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from restoration.restorer_file import RestorerMetadata
 from training.commands import COMMANDS, Command
-from training.configs import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.common import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
 from training.degradation import Degradation
-from training.session import Session
+from training.loop.session import Session
 from training.trainers.task import TaskDefaults
 
 

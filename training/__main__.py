@@ -95,12 +95,12 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _train(command: str, arguments: list[str]) -> None:
-    from training.command_line import parse
+    from training.command_line.configure import parse
 
     dry_run, config = parse(command, arguments)
     from restoration.devices import accelerator_available
-    from training.allocator import keep_freed_memory
-    from training.session import Session
+    from training.loop.allocator import keep_freed_memory
+    from training.loop.session import Session
 
     if not accelerator_available():
         keep_freed_memory()

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 
 from restoration.restorer_file import read_metadata
-from training.sodiff_configs import SODiffConfig
+from training.configs.sodiff import SODiffConfig
 
 FIXED_TIMESTEP = 199.0
 """Where the paper does without its predictor it does not say at which timestep; its authors' HAODiff has this one."""
@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> None:
         ValueError: A row is unknown, or needs what was not given.
     """
     own, others = _parse(arguments)
-    from training.command_line import parse
+    from training.command_line.configure import parse
 
     dry_run, config = parse("sodiff", others)
     configs = variants(config, own.rows, own.unaligned)
@@ -101,7 +101,7 @@ def run(arguments: list[str]) -> None:
 
 def _train(config: SODiffConfig, *, dry_run: bool) -> bool:
     """One row; returns whether it came to its end. Nothing of it stays in memory."""
-    from training.session import Session
+    from training.loop.session import Session
 
     session = Session("sodiff", config)
     session.describe()

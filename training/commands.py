@@ -17,7 +17,7 @@ class Command:
     Args:
         summary: What people read in the list.
         presets: Gives the presets by name; `paper` is the default. Each is a dataclass with the fields `data`,
-            `optimizer`, `validation` and `run` of `training.configs`.
+            `optimizer`, `validation` and `run` of `training.configs.common`.
         make_task: From such a configuration to what is trained.
     """
 
@@ -27,9 +27,9 @@ class Command:
 
 
 def _driftrec_presets() -> dict[str, Any]:
-    from training.configs import PRESETS
+    from training.configs.driftrec import PRESETS
 
-    return PRESETS["driftrec"]
+    return PRESETS
 
 
 def _driftrec(config: Any) -> Task:
@@ -39,9 +39,9 @@ def _driftrec(config: Any) -> Task:
 
 
 def _regression_presets() -> dict[str, Any]:
-    from training.configs import PRESETS
+    from training.configs.driftrec import REGRESSION_PRESETS
 
-    return PRESETS["regression"]
+    return REGRESSION_PRESETS
 
 
 def _regression(config: Any) -> Task:
@@ -51,9 +51,9 @@ def _regression(config: Any) -> Task:
 
 
 def _cave_presets() -> dict[str, Any]:
-    from training.configs import PRESETS
+    from training.configs.cave import PRESETS
 
-    return PRESETS["cave"]
+    return PRESETS
 
 
 def _cave(config: Any) -> Task:
@@ -63,7 +63,7 @@ def _cave(config: Any) -> Task:
 
 
 def _codiff_presets() -> dict[str, Any]:
-    from training.codiff_configs import PRESETS
+    from training.configs.codiff import PRESETS
 
     return PRESETS
 
@@ -79,7 +79,7 @@ def _codiff(config: Any) -> Task:
 
 
 def _saipe_presets() -> dict[str, Any]:
-    from training.saipe_configs import PRESETS
+    from training.configs.saipe import PRESETS
 
     return PRESETS
 
@@ -91,7 +91,7 @@ def _saipe(config: Any) -> Task:
 
 
 def _sodiff_presets() -> dict[str, Any]:
-    from training.sodiff_configs import PRESETS
+    from training.configs.sodiff import PRESETS
 
     return PRESETS
 
@@ -107,7 +107,7 @@ def _sodiff(config: Any) -> Task:
 
 
 def _quality_presets() -> dict[str, Any]:
-    from training.quality_configs import PRESETS
+    from training.configs.quality import PRESETS
 
     return PRESETS
 
@@ -119,7 +119,7 @@ def _quality(config: Any) -> Task:
 
 
 def _prior_presets() -> dict[str, Any]:
-    from training.prior_configs import PRESETS
+    from training.configs.prior import PRESETS
 
     return PRESETS
 

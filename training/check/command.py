@@ -73,17 +73,17 @@ def _check_asked(command: str | None, options: argparse.Namespace, rest: list[st
 
 def _alone(data: Path) -> Any:
     """The configuration of a training on pictures of which nothing else is known."""
-    from training.configs import PRESETS
+    from training.configs.driftrec import REGRESSION_PRESETS
 
-    config = PRESETS["regression"]["starter"]
+    config = REGRESSION_PRESETS["starter"]
     return replace(config, data=replace(config.data, train=data, crop=256, cache_mb=0))
 
 
 def _check_training(
     command: str, arguments: list[str], options: argparse.Namespace, tell: Callable[[Iterable[Finding]], None]
 ) -> None:  # fmt: skip
-    from training.command_line import parse
-    from training.config_checks import ConfigError
+    from training.command_line.checks import ConfigError
+    from training.command_line.configure import parse
 
     try:
         _, config = parse(command, arguments)
@@ -93,7 +93,7 @@ def _check_training(
         return
     from training.check.cost import check_writable
     from training.check.weights import adapts_base, check_weights
-    from training.run_folder import RunFolderError, check_same_run
+    from training.loop.run_folder import RunFolderError, check_same_run
 
     tell(check_weights(config))
     tell(check_writable(config.run.output))
@@ -111,7 +111,7 @@ def _check_training(
 
 def _check_cost(command: str, config: Any, tell: Callable[[Iterable[Finding]], None]) -> None:
     from training.check.cost import check_disk, check_memory, measure
-    from training.session import check_crops
+    from training.loop.session import check_crops
 
     processes, run = int(os.environ.get("WORLD_SIZE", "1")), config.run
     if run.batch % (share := processes * run.accumulate):
@@ -132,8 +132,8 @@ def _check_data(
     config: Any, options: argparse.Namespace, tell: Callable[[Iterable[Finding]], None]
 ) -> None:  # fmt: skip
     from training.check.pictures import Expectation, judge, judge_overlap, look_at_all
-    from training.pictures import find_images
-    from training.validation import split_pictures
+    from training.data.pictures import find_images
+    from training.loop.validation import split_pictures
 
     data = config.data
     sources = {"data.train": data.train, **({"data.validation": data.validation} if data.validation else {})}
@@ -161,7 +161,7 @@ def _check_data(
 
 def _write_sheet(config: Any, paths: list[Path], options: argparse.Namespace) -> None:
     from training.check.sheet import write_sheet
-    from training.views import pairs_of
+    from training.data.views import pairs_of
 
     dataset = pairs_of(config, paths)
     print(f"look at {write_sheet(dataset, options.pairs, options.output)}: clean on the left, degraded on the right")

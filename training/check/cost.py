@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from training.check.findings import Finding
-from training.configs import OptimizerConfig, RunConfig
+from training.configs.common import OptimizerConfig, RunConfig
 from training.trainers.task import Task
 
 _MEASURED_SIDE = 128

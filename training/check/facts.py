@@ -16,8 +16,8 @@ from restoration.jpeg import estimate_quality
 from restoration.prompts import QualityEstimator
 from restoration.restorer_file import read_restorer
 from restoration.restorers import build_restorer, load_weights
-from training.pictures import DECODE_ERRORS, upright_rgb
-from training.shards import open_member
+from training.data.pictures import DECODE_ERRORS, upright_rgb
+from training.data.shards import open_member
 
 ESTIMATOR = Path(__file__).parents[2] / "weights" / "starter-quality.safetensors"
 """Tells the JPEG quality of pixels."""

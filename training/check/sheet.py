@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from training.config_files import to_plain
-from training.data import PairDataset
+from training.command_line.files import to_plain
+from training.data.pairs import PairDataset
 from training.files import replace_file, replace_text
 
 _GAP, _LINE = 6, 14
@@ -24,7 +24,7 @@ def write_sheet(dataset: PairDataset, count: int, folder: Path) -> Path:
         dataset: Of the run.
         count: Pairs.
         folder: Gets `pairs.png`, and `pairs.json` with the picture, the index and all draws of each pair, of which
-            `training.crops.draw_pair` makes it again.
+            `training.data.crops.draw_pair` makes it again.
 
     Returns:
         The path of the sheet.

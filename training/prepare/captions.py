@@ -20,11 +20,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from restoration.devices import accelerator_available
-from training.captioner import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Captioner
-from training.captions import DEFAULT_NAME, CaptionedCrop, CaptionError, cut_crop, draw_crop, read_captions, whole_lines
+from training.data.captioner import DEFAULT_MODEL, DEFAULT_PROMPT, DTYPES, Captioner
+from training.data.captions import (
+    DEFAULT_NAME,
+    CaptionedCrop,
+    CaptionError,
+    cut_crop,
+    draw_crop,
+    read_captions,
+    whole_lines,
+)
+from training.data.pictures import DECODE_ERRORS, find_images, load_image, scan_images
+from training.data.shards import is_shards
 from training.degradation import compress
-from training.pictures import DECODE_ERRORS, find_images, load_image, scan_images
-from training.shards import is_shards
 
 MakeCaptioner = Callable[[str, str, int, str, torch.device | None], Callable[[Sequence[Image.Image]], list[str]]]
 

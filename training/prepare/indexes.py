@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from training.data.shards import expand_shards, index_path, index_text, scan_shard, stored_index
 from training.files import replace_text
-from training.shards import expand_shards, index_path, index_text, scan_shard, stored_index
 
 _READERS = 8
 
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
 
 
 def write_indexes(source: str | Path) -> None:
-    """Write the index of each shard that has no valid one, as `training.shards` reads it.
+    """Write the index of each shard that has no valid one, as `training.data.shards` reads it.
 
     Args:
         source: The shards, as `expand_shards` takes them.

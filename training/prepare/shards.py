@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from training.data.pictures import DECODE_ERRORS, find_images, upright_rgb
+from training.data.shards import Index, ShardError, index_path, index_text, is_shards, read_beside
 from training.files import replace_file, replace_text
 from training.parallel import in_processes
-from training.pictures import DECODE_ERRORS, find_images, upright_rgb
-from training.shards import Index, ShardError, index_path, index_text, is_shards, read_beside
 
 MANIFEST = "shards.json"
 """Beside the shards: what they were made of, and how many pictures and bytes they hold."""

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from training.command_line import DEFAULT_PRESET, wrong_preset
+from training.command_line.configure import DEFAULT_PRESET, wrong_preset
 from training.commands import COMMANDS
 
 _DESCRIPTION = """Without arguments: all presets of all commands, with images, batch, memory and time.

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from training.config_checks import is_group
-from training.config_files import to_plain
-from training.config_ranges import range_of
-from training.config_values import in_words
+from training.command_line.checks import is_group
+from training.command_line.files import to_plain
+from training.command_line.values import in_words
+from training.configs.ranges import range_of
 from training.presets.descriptions import describe_class, describe_fields
 
 _WIDTH = 100

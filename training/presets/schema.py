@@ -9,9 +9,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from training.config_checks import is_group
-from training.config_files import to_plain
-from training.config_ranges import Range, range_of
+from training.command_line.checks import is_group
+from training.command_line.files import to_plain
+from training.configs.ranges import Range, range_of
 from training.presets.descriptions import describe_class, describe_fields
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from restoration.adapters import read_lora
 from restoration.diffusion.one_step import interpolate_alphas_cumprod, predict_x0
 from restoration.restorer_file import RestorerFile, RestorerFileError
-from training.base_models import BaseModelError, load_base
+from training.networks.base_models import BaseModelError, load_base
 from training.trainers.one_step import VAE_STRIDE
 
 _CONV_IN = "conv_in"

@@ -217,7 +217,7 @@ def _latent_model(file: RestorerFile, loading: Loading) -> tuple[LatentModel, Co
 
         model = load_adapted_base(file, loading.base, loading.device, loading.network_dtype)
         return model, _compute(loading, model.size_multiple, tile=_ADAPTER_TILE, overlap=_ADAPTER_OVERLAP)
-    from training.backbone import load_latent_model
+    from training.networks.backbone import load_latent_model
 
     small = load_latent_model(file, loading.device)
     return small, _compute(loading, small.size_multiple)

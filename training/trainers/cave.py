@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from restoration.networks.cave import STRIDE, CaVE
 from restoration.restorer_file import RestorerMetadata
-from training.configs import CaVETrainingConfig
+from training.configs.cave import CaVETrainingConfig
 from training.trainers.task import TaskDefaults, load_whole
 
 _PART = "prompt."

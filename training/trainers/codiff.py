@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from restoration.networks.cave import CaVEConfig
 from restoration.prompts import CaVEPrompt
 from restoration.restorer_file import RestorerFileError, RestorerMetadata, load_part
-from training import base_models
-from training.base_models import BaseModel, lora_tensors
-from training.codiff_configs import CoDiffConfig
-from training.discriminators import LatentDiscriminator
+from training.configs.codiff import CoDiffConfig
+from training.configs.one_step import LoRAConfig
 from training.given_files import read_given
 from training.losses import make_perceptual
-from training.one_step_configs import LoRAConfig
+from training.networks import base_models
+from training.networks.base_models import BaseModel, lora_tensors
+from training.networks.discriminators import LatentDiscriminator
 from training.trainers.one_step import OneStepModel, OneStepTask, Seen, check_crop
 
 

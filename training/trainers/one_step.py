@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from restoration.diffusion.one_step import interpolate_alphas_cumprod, predict_x0
 from restoration.restorer_file import RestorerFileError, read_metadata
-from training import base_models
-from training.base_models import BaseModel
-from training.discriminators import discriminator_loss, generator_loss
+from training.configs.one_step import LoRAConfig
 from training.losses import pixel_loss
-from training.one_step_configs import LoRAConfig
+from training.networks import base_models
+from training.networks.base_models import BaseModel
+from training.networks.discriminators import discriminator_loss, generator_loss
 from training.trainers.task import TaskDefaults
 
 VAE_STRIDE = 8

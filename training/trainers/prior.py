@@ -15,7 +15,7 @@ from restoration.networks.adm_unet import ADMUNet
 from restoration.prior_pipeline import DDRMSettings, restore_ddrm
 from restoration.restorer_file import RestorerMetadata
 from restoration.tiling import Tiler
-from training.prior_configs import PriorConfig
+from training.configs.prior import PriorConfig
 from training.trainers.task import TaskDefaults, load_whole
 
 

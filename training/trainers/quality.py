@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from restoration.networks.timestep_predictor import TimestepPredictor
 from restoration.restorer_file import RestorerMetadata
-from training.quality_configs import QualityConfig
+from training.configs.quality import QualityConfig
 from training.trainers.task import TaskDefaults, load_whole
 
 _PART = "timestep."

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from restoration.networks.saipe import SAIPE
 from restoration.restorer_file import RestorerMetadata
-from training.captioned_data import Captions, check_crops_fit, find_captions
-from training.captions import CaptionError
-from training.data import PairDataset
+from training.configs.saipe import SAIPETrainingConfig
+from training.data.captioned import Captions, check_crops_fit, find_captions
+from training.data.captions import CaptionError
+from training.data.pairs import PairDataset
+from training.data.text_states import TextStates, TextStatesError, cached_text_states
 from training.degradation import compress
-from training.saipe_configs import SAIPETrainingConfig
-from training.text_states import TextStates, TextStatesError, cached_text_states
 from training.trainers.task import TaskDefaults, load_whole
 
 _PART = "prompt."

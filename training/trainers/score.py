@@ -13,7 +13,7 @@ from restoration.diffusion.samplers import NoiseSource, sample
 from restoration.diffusion.sde import make_sde
 from restoration.networks.ncsnpp import NCSNpp
 from restoration.restorer_file import RestorerFileError, RestorerMetadata
-from training.configs import DriftRecConfig, RegressionConfig
+from training.configs.driftrec import DriftRecConfig, RegressionConfig
 from training.trainers.task import TaskDefaults
 
 

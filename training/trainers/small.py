@@ -14,11 +14,11 @@ from restoration.networks.small_unet import SmallUNetConfig
 from restoration.restorer_file import RestorerFileError, load_part
 from restoration.restorers import DCT_SMALL
 from restoration.tiling import crop_to, pad_to_multiple
-from training.backbone import DCTModel, make_unet
-from training.discriminators import discriminator_loss, generator_loss
 from training.given_files import read_given
-from training.latent_critic import DCTCritic
 from training.losses import make_perceptual, pixel_loss
+from training.networks.backbone import DCTModel, make_unet
+from training.networks.discriminators import discriminator_loss, generator_loss
+from training.networks.latent_critic import DCTCritic
 from training.trainers.one_step import Restored, Seen, check_crop, quality_error
 from training.trainers.task import TaskDefaults
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from restoration.prompts import CaVEPrompt
 from restoration.restorer_file import RestorerMetadata
-from training.codiff_configs import CoDiffConfig
+from training.configs.codiff import CoDiffConfig
 from training.trainers.cave import whiten
 from training.trainers.codiff import load_prompt
 from training.trainers.one_step import Restored, Seen

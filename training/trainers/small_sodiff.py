@@ -12,7 +12,7 @@ from torch import Tensor
 from restoration.networks.timestep_predictor import expected_timestep, gumbel_noise
 from restoration.prompts import SAIPEPrompt
 from restoration.restorer_file import RestorerMetadata
-from training.sodiff_configs import SODiffConfig
+from training.configs.sodiff import SODiffConfig
 from training.trainers.one_step import Restored, Seen
 from training.trainers.small import SmallModel, SmallTask, take_backbone
 from training.trainers.sodiff import fit_norms, load_prompt, measured_calibration, predictor_norms, seen_figures

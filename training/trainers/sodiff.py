@@ -21,14 +21,14 @@ from restoration.networks.timestep_predictor import (
 )
 from restoration.prompts import SAIPEPrompt
 from restoration.restorer_file import RestorerFile, RestorerFileError, RestorerMetadata, load_part
-from training import base_models
-from training.base_models import BaseModel, lora_tensors
+from training.configs.one_step import LoRAConfig
+from training.configs.sodiff import SODiffConfig
 from training.degradation import compress
-from training.discriminators import PromptedDiscriminator
 from training.given_files import read_given
 from training.losses import make_perceptual
-from training.one_step_configs import LoRAConfig
-from training.sodiff_configs import SODiffConfig
+from training.networks import base_models
+from training.networks.base_models import BaseModel, lora_tensors
+from training.networks.discriminators import PromptedDiscriminator
 from training.trainers.one_step import OneStepModel, OneStepTask, Restored, Seen, check_crop
 
 CALIBRATED_QUALITIES = tuple(range(5, 100, 5))

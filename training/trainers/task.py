@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from restoration.jpeg import JPEGData
 from restoration.restorer_file import RestorerFileError, RestorerMetadata
-from training.configs import OptimizerConfig
-from training.data import PairDataset
+from training.configs.common import OptimizerConfig
+from training.data.pairs import PairDataset
 
 
 class Task(Protocol):

@@ -1,0 +1,1 @@
+"""From clean pictures, in folders or shards, to training pairs."""

@@ -1,0 +1,90 @@
+"""Training pairs as a configuration describes them; of some, squares that were shrunk since, or no JPEG at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from training.configs.common import DataConfig
+from training.configs.quality import ViewConfig
+from training.data.crops import draw_pair
+from training.data.pairs import PairDataset, pair_options
+from training.degradation import DegradedCrop
+
+GRID = 16
+"""Block grids of JPEGs start at multiples of this, with subsampled colours as well."""
+UNCOMPRESSED = 100
+"""The quality of what is no JPEG."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One draw. `kind`: "aligned" is cut out on the block grid, "misaligned" anywhere, "resized" after it was shrunk.
+
+    `amount`, `top` and `left`, in [0, 1): how little it is shrunk, and where it is cut out. `uncompressed`: of the
+    clean picture.
+    """
+
+    kind: Literal["aligned", "misaligned", "resized"]
+    uncompressed: bool
+    amount: float
+    top: float
+    left: float
+
+
+def draw_view(config: ViewConfig, seed: int | Sequence[int]) -> View:
+    """The view that follows from the settings and a seed alone."""
+    untouched, kind, amount, top, left = np.random.default_rng(seed).random(5).tolist()
+    if kind < config.resized:
+        return View("resized", untouched < config.uncompressed, amount, top, left)
+    misaligned = kind < config.resized + (1 - config.resized) * config.misaligned
+    return View("misaligned" if misaligned else "aligned", untouched < config.uncompressed, amount, top, left)
+
+
+def see(image: np.ndarray, view: View, side: int) -> np.ndarray:
+    """The square (side, side, 3) of a picture (S, S, 3), uint8, that a view shows.
+
+    Shrunk ones are as a JPEG is that somebody scaled and saved as a PNG: bicubic, in 8 bits.
+    """
+    step = GRID if view.kind == "aligned" else 1
+    if view.kind == "resized":
+        small = side + round(view.amount * (len(image) - side))
+        image = np.asarray(Image.fromarray(image).resize((small, small), Image.Resampling.BICUBIC))
+    places = (len(image) - side) // step + 1
+    row, column = (min(int(draw * places), places - 1) * step for draw in (view.top, view.left))
+    return image[row : row + side, column : column + side]
+
+
+def pairs_of(config: Any, paths: Sequence[Path]) -> PairDataset:
+    """The pairs that a training's configuration describes, of some pictures; views of them where it has a `view`."""
+    if view := getattr(config, "view", None):
+        return ViewedPairs(paths, config.data, config.run.seed, view)
+    return PairDataset(paths, **pair_options(config.data, config.run.seed))
+
+
+class ViewedPairs(PairDataset):
+    """Pairs of `view.side`, of which `degraded` is what the network sees and `quality` what it is to say.
+
+    Only what is shrunk needs a crop of `data.crop`. The others are cut out of one that is `GRID` pixels larger than
+    themselves, so that some edges are the JPEG's and some are not: a quarter of the work.
+    """
+
+    def __init__(self, paths: Sequence[Path], data: DataConfig, seed: int, view: ViewConfig) -> None:
+        super().__init__(paths, **pair_options(data, seed))
+        self.view = view
+        self._small = replace(self.settings, crop=min(data.crop, view.side + GRID))
+
+    def pair(self, index: int) -> tuple[Path, DegradedCrop]:
+        path, picture = self.picture_of(index)
+        view = draw_view(self.view, [self.seed, 2, index])
+        pair = draw_pair(picture, self.settings if view.kind == "resized" else self._small, [self.seed, 1, index])
+        image, clean = (see(part, view, self.view.side) for part in (pair.image, pair.clean))
+        drawn = {**pair.description, "view": asdict(view)}
+        if view.uncompressed:
+            return path, DegradedCrop(clean, clean, UNCOMPRESSED, drawn)
+        return path, DegradedCrop(image, clean, pair.quality, drawn)

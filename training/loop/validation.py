@@ -1,0 +1,170 @@
+"""Validation on fixed crops at fixed qualities, and the before/after grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from restoration import metrics
+from restoration.jpeg import read_jpeg_and_pixels
+from restoration.lpips import load_lpips_squeeze
+from training.configs.common import ValidationConfig
+from training.data.pairs import DECODE_ERRORS, load_image
+from training.degradation import encode
+from training.trainers.task import Task
+
+HELD_OUT_EVERY = 25
+LOWER_IS_BETTER = ("lpips", "quality_error", "alignment")
+"""Measures of which less is better."""
+
+
+def split_pictures(paths: Sequence[Path], wanted: int) -> tuple[list[Path], list[Path]]:
+    """Training and validation pictures where no validation folder is given: every 25th of the sorted list is set aside.
+
+    Of fewer than 25 pictures all are trained on, and the first serves for validation as well.
+    """
+    held_out = list(paths[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])[:wanted]
+    if not held_out:
+        return list(paths), list(paths[:1])
+    return [path for path in paths if path not in set(held_out)], held_out
+
+
+class Validation:
+    """Restores fixed pictures at fixed JPEG qualities and measures the result.
+
+    Args:
+        config: Which qualities, how many pictures, how large.
+        paths: The validation pictures; those that cannot be decoded are named and left out.
+        size_multiple: Sides of the crops are multiples of this, as the network needs.
+        show: Takes the images seen and the grid (3, H, W).
+        say: Prints the table.
+    """
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        paths: Sequence[Path],
+        size_multiple: int,
+        show: Callable[[int, Tensor], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.show, self.say = config, show, say
+        self.pictures = [_centre(picture, config.crop, size_multiple) for picture in self._decoded(paths)]
+        self.lpips = load_lpips_squeeze(config.lpips) if config.lpips else None
+
+    def _decoded(self, paths: Sequence[Path]) -> list[np.ndarray]:
+        pictures: list[np.ndarray] = []
+        for path in paths:
+            if len(pictures) == self.config.images:
+                break
+            try:
+                pictures.append(load_image(path))
+            except DECODE_ERRORS as error:
+                self.say(f"validation leaves out {path}, which cannot be decoded: {error}")
+        if not pictures:
+            raise ValueError(f"none of the {len(paths)} validation pictures can be decoded, e.g. {paths[0]}")
+        return pictures
+
+    def __call__(self, task: Task, images: int) -> dict[str, float]:
+        """The mean of each measure at each quality, as `psnr/qf10`, the JPEG's own as `jpeg_psnr/qf10`.
+
+        What `task.measure` adds is there under its own names, e.g. as `quality_error/qf10`.
+        """
+        device = next(task.model.parameters()).device
+        if self.lpips is not None:
+            self.lpips.to(device)
+        figures: dict[str, float] = {}
+        rows: list[Tensor] = []
+        shown_quality = self.config.qualities[min(1, len(self.config.qualities) - 1)]
+        for quality in self.config.qualities:
+            for number, picture in enumerate(self.pictures):
+                clean = _tensor(picture).to(device)
+                jpeg, pixels = read_jpeg_and_pixels(encode(picture, quality), name=f"picture {number + 1}")
+                degraded = pixels[None].to(device)
+                restored = task.restore_file(degraded, jpeg, seed=number)
+                measured = {
+                    **self._measured(restored, clean, ""),
+                    **self._measured(degraded, clean, "jpeg_"),
+                    **task.measure(degraded, torch.tensor([float(quality)], device=device)),
+                }
+                for key, value in measured.items():
+                    figures[f"{key}/qf{quality}"] = figures.get(f"{key}/qf{quality}", 0.0) + value / len(self.pictures)
+                if quality == shown_quality and number < self.config.shown:
+                    rows.append(torch.cat([degraded, restored, clean], dim=-1))
+        widest = max(row.shape[-1] for row in rows)
+        grid = torch.cat([F.pad(row, (0, widest - row.shape[-1])) for row in rows], dim=-2)
+        self.show(images, grid[0])
+        self.say(_table(figures, images, self.config.qualities))
+        return figures
+
+    def _measured(self, image: Tensor, clean: Tensor, prefix: str) -> dict[str, float]:
+        measured = {
+            "psnr": metrics.psnr(image, clean).clamp(max=100),
+            "ssim": metrics.ssim(image, clean),
+            "psnr_b": metrics.psnr_b(image, clean).clamp(max=100),
+        }
+        if self.lpips is not None:
+            measured["lpips"] = self.lpips(image, clean)
+        return {prefix + key: float(value) for key, value in measured.items()}
+
+
+def is_better(
+    figures: dict[str, float], before: dict[str, float] | None, wanted: str | None, judged_by: Sequence[str]
+) -> bool:
+    """Whether figures are better than earlier ones, by one measure's mean over the qualities.
+
+    Args:
+        figures: Of a `Validation`.
+        before: The earlier ones; None, or without this measure: anything is better.
+        wanted: The measure; None for the first of `judged_by` that was measured.
+        judged_by: What the training itself goes by.
+
+    Raises:
+        ValueError: `wanted` was not measured.
+    """
+    names = {key.split("/")[0] for key in figures if not key.startswith("jpeg_")}
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"validation.best: expected one of {', '.join(sorted(names))}, got {wanted!r}.")
+    measure = wanted or next((name for name in judged_by if name in names), "psnr")
+    now, then = _mean(figures, measure), _mean(before or {}, measure)
+    if math.isnan(now) or math.isnan(then):
+        return not math.isnan(now)
+    return now < then if measure in LOWER_IS_BETTER else now > then
+
+
+def _mean(figures: dict[str, float], measure: str) -> float:
+    values = [value for key, value in figures.items() if key.split("/")[0] == measure]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _table(figures: dict[str, float], images: int, qualities: Sequence[int]) -> str:
+    """One row a quality; measures that the JPEG has as well are shown as before -> after."""
+    names = list(dict.fromkeys(key.split("/")[0] for key in figures))
+    lines = [f"validation at {images} images (JPEG -> restored)"]
+    for quality in qualities:
+        cells = []
+        for name in (name for name in names if not name.startswith("jpeg_")):
+            before = f"{figures[f'jpeg_{name}/qf{quality}']:.3f} -> " if f"jpeg_{name}" in names else ""
+            cells.append(f"{name.replace('_', ' ')} {before}{figures[f'{name}/qf{quality}']:.3f}")
+        lines.append(f"  QF {quality:>3}: " + ", ".join(cells))
+    return "\n".join(lines)
+
+
+def _centre(picture: np.ndarray, side: int, multiple: int) -> np.ndarray:
+    """The square in the middle, in multiples of `multiple`, as large as wanted or as the picture allows."""
+    height, width = picture.shape[:2]
+    side = max(multiple, min(side, height, width) // multiple * multiple)
+    picture = np.pad(picture, ((0, max(0, side - height)), (0, max(0, side - width)), (0, 0)), mode="edge")
+    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+    window = picture[top : top + side, left : left + side]
+    return np.ascontiguousarray(window)
+
+
+def _tensor(picture: np.ndarray) -> Tensor:
+    return torch.from_numpy(picture.transpose(2, 0, 1).astype(np.float32) / np.float32(255))[None]

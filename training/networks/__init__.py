@@ -1,0 +1,1 @@
+"""Networks that only trainings need: base models with adapters, and discriminators."""

@@ -21,7 +21,8 @@ from benchmarks._common import SHARED, centre, evaluation_pictures, heading, jpe
 from restoration.networks.dct_codec import DCTCodec
 from restoration.networks.small_unet import SmallUNetConfig
 from training.configs.codiff import PRESETS, CoDiffConfig
-from training.data.pairs import IndexSampler, PairDataset, find_images, make_loader
+from training.data.pairs import IndexSampler, PairDataset, make_loader
+from training.data.pictures import find_images
 from training.loop.checkpoint import Average
 from training.loop.optimizers import Learner, learning_rate
 from training.trainers.small_codiff import SmallCoDiffTask

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from benchmarks._common import processor
-from training.data.pairs import PairDataset, find_images, scan_images
+from training.data.pairs import PairDataset
+from training.data.pictures import find_images, scan_images
 from training.degradation import PRESETS, compress
 
 AUGMENTATIONS = {"paper": "paper"}

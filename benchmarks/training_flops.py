@@ -23,7 +23,7 @@ from benchmarks.data import bundled_folder
 from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.networks.saipe import SAIPE, SAIPEConfig
 from training.commands import COMMANDS
-from training.data.pairs import find_images, scan_images
+from training.data.pictures import find_images, scan_images
 from training.data.views import pairs_of
 from training.networks import base_models
 from training.networks.half_unet import HalfUNet

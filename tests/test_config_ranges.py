@@ -11,7 +11,8 @@ import pytest
 from training.command_line.checks import ConfigError
 from training.command_line.configure import parse
 from training.configs.codiff import CoDiffConfig
-from training.configs.common import DataConfig, OptimizerConfig, RunConfig, SDEConfig, ValidationConfig
+from training.configs.common import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
+from training.configs.driftrec import SDEConfig
 from training.configs.ranges import RANGES
 from training.degradation import Degradation
 

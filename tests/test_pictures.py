@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFile
 
 from restoration.pictures import PictureError, picture_format, read_picture
-from training.data.pairs import load_image
+from training.data.pictures import load_image
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
 LOSSLESS = {"webp": {"lossless": True, "exact": True}}

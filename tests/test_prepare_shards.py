@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.pairs import shards
+from training.data import shards
 from training.data.pictures import find_images, load_image
 from training.data.shards import ShardError, index_path, scan_shard, stored_index
 from training.prepare import run

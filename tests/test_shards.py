@@ -16,17 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from training.data import shards
 from training.data.captions import read_texts
-from training.data.pairs import (
-    IndexSampler,
-    PairDataset,
-    epoch_order,
-    find_images,
-    load_image,
-    make_loader,
-    scan_images,
-    shards,
-)
+from training.data.pairs import IndexSampler, PairDataset, epoch_order, make_loader
+from training.data.pictures import find_images, load_image, scan_images
 from training.data.shards import ShardError, expand_shards, index_path, read_beside, scan_shard, shard_of
 from training.degradation import PRESETS
 from training.prepare.indexes import write_indexes

@@ -20,7 +20,8 @@ from shared import ROOT, shared_path
 from skimage import data
 
 from training.data.crops import CropSettings, draw_pair
-from training.data.pairs import IndexSampler, PairDataset, find_images, load_image, make_loader, scan_images
+from training.data.pairs import IndexSampler, PairDataset, make_loader
+from training.data.pictures import find_images, load_image, scan_images
 from training.degradation import PRESETS, Degradation
 
 CLEAR = Degradation(quality_min=95, quality_max=95, subsampling={"4:4:4": 1.0})
@@ -328,7 +329,7 @@ def test_a_loader_that_an_error_left_behind_does_not_keep_the_trainer_from_endin
     """Something still holds it when Python ends, as the frames of a traceback do."""
     script = (
         "import builtins, sys\n"
-        "from training.data.pairs import *\n"
+        "from training.data.pairs import *\nfrom training.data.pictures import *\n"
         "from training.degradation import PRESETS\n"
         "items = PairDataset(find_images(sys.argv[1]), 32, PRESETS['wide'])\n"
         "builtins.kept = iter(make_loader(items, IndexSampler(0, 4000), 4, 2))\n"
@@ -344,7 +345,7 @@ def test_a_loader_that_an_error_left_behind_does_not_keep_the_trainer_from_endin
 def test_workers_end_when_the_trainer_was_killed(folder):
     script = (
         "import sys, time\n"
-        "from training.data.pairs import *\n"
+        "from training.data.pairs import *\nfrom training.data.pictures import *\n"
         "from training.degradation import PRESETS\n"
         "items = PairDataset(find_images(sys.argv[1]), 32, PRESETS['wide'])\n"
         "loader = iter(make_loader(items, IndexSampler(0, 4000), 4, 2))\n"

@@ -21,7 +21,8 @@ from training.configs.common import DataConfig, RunConfig, ValidationConfig
 from training.configs.saipe import PRESETS, SAIPETrainingConfig, TextEncoderConfig
 from training.data.captioned import CaptionedCrops, CaptionedPictures, find_captions
 from training.data.captions import CaptionedCrop, CaptionError, draw_crop
-from training.data.pairs import PairDataset, find_images
+from training.data.pairs import PairDataset
+from training.data.pictures import find_images
 from training.data.text_states import TextStatesError
 from training.degradation import Degradation
 from training.loop.checkpoint import read_checkpoint

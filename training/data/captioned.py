@@ -11,7 +11,8 @@ import numpy as np
 
 from training.configs.common import DataConfig
 from training.data.captions import DEFAULT_NAME, CaptionedCrop, CaptionError, cut_crop, read_captions, read_texts
-from training.data.pairs import PairDataset, find_images, pair_options
+from training.data.pairs import PairDataset, pair_options
+from training.data.pictures import find_images
 from training.data.text_states import TextStates
 from training.degradation import DegradedCrop, degrade
 

@@ -18,22 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.configs.common import DataConfig
 from training.data.crops import CropSettings, draw_pair
-from training.data.pictures import DECODE_ERRORS, IMAGE_EXTENSIONS, find_images, load_image, scan_images
+from training.data.pictures import DECODE_ERRORS, load_image
 from training.data.shards import shard_of
 from training.degradation import Degradation, DegradedCrop
-
-__all__ = [
-    "DECODE_ERRORS",
-    "IMAGE_EXTENSIONS",
-    "IndexSampler",
-    "PairDataset",
-    "epoch_order",
-    "find_images",
-    "load_image",
-    "make_loader",
-    "pair_options",
-    "scan_images",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from restoration.jpeg import JPEGData, apply_orientation, encode_with_pillow, read_jpeg_and_pixels
 from restoration.pictures import read_picture
-from training.data.pairs import find_images
+from training.data.pictures import find_images
 from training.restore.plan import is_jpeg
 
 _SHIFT = 4

@@ -13,7 +13,7 @@ from torch import nn
 from restoration.devices import accelerator_available
 from training.command_line.files import to_yaml
 from training.commands import COMMANDS
-from training.data.pairs import find_images, scan_images
+from training.data.pictures import find_images, scan_images
 from training.data.views import pairs_of
 from training.given_files import read_given
 from training.loop.checkpoint import read_checkpoint

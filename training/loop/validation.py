@@ -15,7 +15,7 @@ from restoration import metrics
 from restoration.jpeg import read_jpeg_and_pixels
 from restoration.lpips import load_lpips_squeeze
 from training.configs.common import ValidationConfig
-from training.data.pairs import DECODE_ERRORS, load_image
+from training.data.pictures import DECODE_ERRORS, load_image
 from training.degradation import encode
 from training.trainers.task import Task
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._common import SHARED, header
 from training.commands import COMMANDS
+from training.data.views import seen_side
 from training.trainers.task import Task
 
 _LPIPS = SHARED / "weights" / "lpips_squeeze" / "lpips_squeeze_f32.npz"
@@ -80,7 +81,7 @@ def _kept(network: nn.Module, *, averaged: bool) -> int:
 
 def _peak(task: Task, config: Any, pictures: int, device: str) -> int:
     """What a forward and a backward pass hold at most, gradients included."""
-    side = (pictures, 3, config.data.crop, config.data.crop)
+    side = (pictures, 3, seen_side(config), seen_side(config))
     batch = {
         "clean": torch.full(side, 0.5, device=device), "degraded": torch.full(side, 0.5, device=device),
         "quality": torch.full((pictures,), 50.0, device=device), "index": torch.zeros(pictures, dtype=torch.int64),

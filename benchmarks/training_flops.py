@@ -24,7 +24,7 @@ from restoration.networks.cave import CaVE, CaVEConfig
 from restoration.networks.saipe import SAIPE, SAIPEConfig
 from training.commands import COMMANDS
 from training.data.pictures import find_images, scan_images
-from training.data.views import pairs_of
+from training.data.views import pairs_of, seen_side
 from training.networks import base_models
 from training.networks.half_unet import HalfUNet
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         total, rate = sum(parts.values()), _pairs(paths, config)
         images = options.peak * options.share / total
         cells = [f"{images * count:,.0f}" for count in options.gpus]
-        print(f"| {name} | {total / 1e9:,.0f} | {config.data.crop} | {' | '.join(cells)} | {rate:.0f} "
+        print(f"| {name} | {total / 1e9:,.0f} | {seen_side(config)} | {' | '.join(cells)} | {rate:.0f} "
               f"| {images / rate:.1f} |", flush=True)  # fmt: skip
         for part, count in parts.items() if len(parts) > 1 else ():
             print(f"| - {part} | {count / 1e9:,.0f} ({count / total:.0%}) |" + " |" * (len(options.gpus) + 3))
@@ -64,7 +64,7 @@ def whole(name: str, config: Any) -> float:
     changes = {"align": "none"} if name == "saipe" else {}
     task = COMMANDS[name].make_task(replace(config, **changes))
     task.model.to("meta").train()
-    side = (1, 3, config.data.crop, config.data.crop)
+    side = (1, 3, seen_side(config), seen_side(config))
     batch = {"clean": torch.empty(side, device="meta"), "degraded": torch.empty(side, device="meta"),
              "quality": torch.empty(1, device="meta"), "index": torch.zeros(1, dtype=torch.int64)}  # fmt: skip
     return _count(lambda: task.loss(task.model, batch, torch.Generator().manual_seed(0)))

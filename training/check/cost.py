@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from training.check.findings import Finding
 from training.configs.common import OptimizerConfig, RunConfig
+from training.data.views import seen_side
 from training.trainers.task import Task
 
 _MEASURED_SIDE = 128
@@ -126,10 +127,8 @@ def _size(module: nn.Module, *, trained: bool = False) -> int:
 
 def _activations(task: Task, config: Any) -> float:
     """Bytes that are kept for the gradients of one picture: measured on two small crops, in proportion to pixels."""
-    multiple, crop = task.size_multiple, config.data.crop
-    view = getattr(config, "view", None)  # what the quality predictor sees of a crop
-    least = crop if view is None else view.side
-    side = max(multiple, min(crop, max(_MEASURED_SIDE, least if view else 0)) // multiple * multiple)
+    multiple, crop = task.size_multiple, seen_side(config)
+    side = max(multiple, min(crop, _MEASURED_SIDE) // multiple * multiple)
     generator = torch.Generator().manual_seed(0)
     batch: dict[str, Any] = {
         "clean": torch.rand(2, 3, side, side, generator=generator),
@@ -154,7 +153,7 @@ def _activations(task: Task, config: Any) -> float:
         loss = task.loss(task.model, batch, generator)  # its graph holds what was kept, so that no place is used twice
     per_picture = sum(kept.values()) / len(batch["path"])
     del loss
-    return per_picture * (1.0 if view else (crop / side) ** 2)
+    return per_picture * (crop / side) ** 2
 
 
 def _amount(count: float) -> str:

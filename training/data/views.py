@@ -67,6 +67,12 @@ def pairs_of(config: Any, paths: Sequence[Path]) -> PairDataset:
     return PairDataset(paths, **pair_options(config.data, config.run.seed))
 
 
+def seen_side(config: Any) -> int:
+    """Side in pixels of those pairs."""
+    view = getattr(config, "view", None)
+    return config.data.crop if view is None else view.side
+
+
 class ViewedPairs(PairDataset):
     """Pairs of `view.side`, of which `degraded` is what the network sees and `quality` what it is to say.
 

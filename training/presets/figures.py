@@ -53,7 +53,7 @@ KNOWN: dict[tuple[str, str], Known] = {
     ("regression", "starter"): Known("small: a CPU", 0.21, "a", 28, "d"),
     ("prior", "paper"): Known("as published (guided diffusion)", 1393, "a"),
     ("prior", "starter"): Known("small: a CPU", 0.22, "a", 54_016 / 4500, "d"),
-    ("quality", "paper"): Known("large crops", 0.79, "a"),
-    ("quality", "starter"): Known("small crops: a CPU", 0.2, "a"),
+    ("quality", "paper"): Known("large crops", 0.72, "a"),
+    ("quality", "starter"): Known("small crops: a CPU", 0.19, "a"),
 }
 """Command and preset -> what is known. docs/benchmarks.md and weights/README.md have the measurements."""

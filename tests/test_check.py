@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -325,3 +327,21 @@ def test_the_same_file_many_times_is_found_at_once() -> None:
     copies = [PictureFacts(Path("x"), fingerprint=5, thumbnail=bytes(768))] * 5000
     others = [PictureFacts(Path("y"), fingerprint=5, thumbnail=bytes([200]) * 768)]
     assert find_duplicates([*others, *copies]) == [list(range(1, 5001))]
+
+
+def test_what_adapts_a_base_is_told_the_memory_of_the_preset_with_as_large_a_step(monkeypatch) -> None:
+    from training.check.cost import check_known_memory
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    presets = COMMANDS["codiff"].presets()
+    card = replace(presets["24gb"], run=replace(presets["24gb"].run, images=7, seed=3))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=24 * 2**30))
+    (finding,) = check_known_memory("codiff", card)
+    assert finding.level == "note" and "about 19.8 GiB, as counted for the preset 24gb" in finding.text
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 * 2**30))
+    (finding,) = check_known_memory("codiff", card)
+    assert finding.level == "warning" and "--run.accumulate (now 4" in finding.text
+    (finding,) = check_known_memory("codiff", replace(card, unet_lora=replace(card.unet_lora, rank=64)))
+    assert finding.level == "note" and "not estimated" in finding.text
+    (finding,) = check_known_memory("sodiff", COMMANDS["sodiff"].presets()["12gb"])
+    assert "about 7.5 GiB, as counted for the preset 12gb" in finding.text

@@ -91,7 +91,7 @@ def _check_training(
         lines = str(error).splitlines()
         tell(Finding("problem", line.strip()) for line in (lines[1:] or lines))
         return
-    from training.check.cost import check_writable
+    from training.check.cost import check_known_memory, check_writable
     from training.check.weights import adapts_base, check_weights
     from training.loop.run_folder import RunFolderError, check_same_run
 
@@ -102,8 +102,7 @@ def _check_training(
     except RunFolderError as error:
         tell([Finding("problem", str(error))])
     if adapts_base(config):
-        text = "the base model is not loaded here: --dry-run of the training does that; presets are named by memory."
-        tell([Finding("note", f"memory, disk: not estimated, {text}")])
+        tell(check_known_memory(command, config))
     else:
         _check_cost(command, config, tell)
     _check_data(config, options, tell)
@@ -124,7 +123,7 @@ def _check_cost(command: str, config: Any, tell: Callable[[Iterable[Finding]], N
         tell([Finding("problem", str(error))])
         return
     cost = measure(task, config, processes)
-    tell(check_memory(cost, config))
+    tell(check_memory(cost.memory, config))
     tell(check_disk(cost, run))
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from training.check.findings import Finding
+from training.commands import COMMANDS
 from training.configs.common import OptimizerConfig, RunConfig
 from training.data.views import seen_side
+from training.presets.figures import KNOWN, Known
 from training.trainers.task import Task
 
 _MEASURED_SIDE = 128
@@ -65,14 +68,14 @@ def measure(task: Task, config: Any, processes: int = 1) -> Cost:
     )
 
 
-def check_memory(cost: Cost, config: Any) -> list[Finding]:
-    """The memory that is needed, and whether it is there."""
+def check_memory(memory: int, config: Any, source: str = "") -> list[Finding]:
+    """The memory that is needed, in bytes, and whether it is there; `source` tells where that is known from."""
     if torch.cuda.is_available():
         there, where = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
     else:
         there, where = psutil.virtual_memory().available, "the CPU, of which so much is free"
-    text = f"memory: a step needs about {_amount(cost.memory)}; {_amount(there)} on {where}"
-    if cost.memory < there:
+    text = f"memory: a step needs about {_amount(memory)}{source}; {_amount(there)} on {where}"
+    if memory < there:
         return [Finding("note", f"{text}.")]
     return [
         Finding(
@@ -81,6 +84,33 @@ def check_memory(cost: Cost, config: Any) -> list[Finding]:
             "--run.batch or --data.crop.",
         )
     ]
+
+
+def check_known_memory(command: str, config: Any) -> list[Finding]:
+    """The memory of a training that adapts a base model, which is not loaded here: that of a preset whose step is as
+    large, where there is one."""
+    for name, preset in COMMANDS[command].presets().items():
+        known = KNOWN.get((command, name), Known(""))
+        if known.memory is not None and known.memory_from == "c" and _step(preset) == _step(config):
+            source = f", as counted for the preset {name} (one card; CUDA adds one or two GiB)"
+            return check_memory(int(known.memory * 2**30), config, source)
+    return [
+        Finding(
+            "note",
+            "memory: not estimated, for the base model is not loaded here, and no preset whose memory is known has a "
+            f"step of this size. --dry-run of the training loads it; python -m training presets names {command}'s.",
+        )
+    ]
+
+
+def _step(config: Any) -> list[Any]:
+    """What the memory of a step on a base model depends on."""
+    names = (
+        "backbone", "data.crop", "run.precision", "base.dtype", "gradient_checkpointing", "optimizer.eight_bit",
+        "unet_lora.rank", "vae_lora.rank", "loss.adversarial.discriminator", "loss.perceptual.kind",
+    )  # fmt: skip
+    step = [reduce(lambda part, key: getattr(part, key, None), name.split("."), config) for name in names]
+    return [*step, config.run.batch // config.run.accumulate]
 
 
 def check_disk(cost: Cost, run: RunConfig) -> list[Finding]:

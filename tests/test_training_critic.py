@@ -32,6 +32,7 @@ from training.loop.checkpoint import (
     write_checkpoint,
 )
 from training.loop.optimizers import Learner, make_optimizer
+from training.data.views import pairs_of
 from training.loop.session import Session
 from training.loop.trainer import TrainingStoppedError
 
@@ -85,7 +86,8 @@ def test_each_network_gets_the_gradient_of_its_own_loss_at_the_weights_before_th
     session = Session("toy", toy(pictures, tmp_path / "run", images=8, accumulate=accumulate))
     before = copy.deepcopy(session.task)
     task = train(session)
-    items = [session._dataset()[index] for index in range(8)]
+    pairs = pairs_of(session.config, session.training)
+    items = [pairs[index] for index in range(8)]
     batch = {key: torch.stack([item[key] for item in items]) for key in ("clean", "degraded")}
     generator = torch.Generator()
     loss = before.loss(before.model, batch, generator)

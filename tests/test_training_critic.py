@@ -24,6 +24,7 @@ import training.loop.trainer
 from restoration.restorer_file import read_restorer
 from training.commands import COMMANDS
 from training.configs.common import OptimizerConfig
+from training.data.views import pairs_of
 from training.loop.checkpoint import (
     CheckpointError,
     load_trained_state,
@@ -32,7 +33,6 @@ from training.loop.checkpoint import (
     write_checkpoint,
 )
 from training.loop.optimizers import Learner, make_optimizer
-from training.data.views import pairs_of
 from training.loop.session import Session
 from training.loop.trainer import TrainingStoppedError
 

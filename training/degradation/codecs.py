@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -11,6 +11,8 @@ from PIL import Image
 
 Decoder = Literal["pillow", "ffmpeg"]
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+"""From 17 on PyAV starts threads, one for each core, to convert the colours of any picture; 16 has none."""
 
 
 def check_image(image: np.ndarray) -> None:
@@ -73,7 +75,7 @@ def decode_ffmpeg(data: bytes) -> np.ndarray:
     frames = decoder.decode(packet) or decoder.decode(None)
     if not frames:
         raise ValueError(f"FFmpeg found no picture in these {len(data)} bytes: expected one complete JPEG")
-    return frames[0].to_ndarray(format="rgb24")
+    return frames[0].to_ndarray(format="rgb24", **_ONE_THREAD)
 
 
 def _decode_pillow(data: bytes) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ from PIL import Image, ImageDraw
 
 from training.command_line.files import to_plain
 from training.data.pairs import PairDataset
+from training.degradation import DegradedCrop
 from training.files import replace_file, replace_text
 
 _GAP, _LINE = 6, 14
 _WIDEST = 2000
+_LEAST = 192
+"""Side in pixels that small crops are enlarged to, about, so that artefacts can be seen."""
+_LETTER = 6
+"""Width of a letter in Pillow's own font, pixels, about."""
 
 
 def write_sheet(dataset: PairDataset, count: int, folder: Path) -> Path:
-    """Write the first pairs of a run, clean on the left and degraded on the right, at their own size.
+    """Write the first pairs of a run, clean on the left and degraded on the right, each pixel as 1, 2, 3 ... of its own.
 
     Args:
         dataset: Of the run.
@@ -33,26 +39,38 @@ def write_sheet(dataset: PairDataset, count: int, folder: Path) -> Path:
         RuntimeError: No picture can be decoded.
         OSError: The folder cannot be written to.
     """
-    cells: list[np.ndarray] = []
+    cells: list[tuple[DegradedCrop, list[str]]] = []
     recipes: list[dict[str, Any]] = []
     for index in range(count):
         path, pair = dataset.pair(index)
-        cells.append(_cell(pair.clean, pair.image, [_caption(index, pair.description), path.name]))
+        cells.append((pair, [_caption(index, pair.description), path.name]))
         recipes.append({"index": index, "path": str(path), "drawn": pair.description})
     folder.mkdir(parents=True, exist_ok=True)
     sheet = folder / "pairs.png"
-    picture = Image.fromarray(_grid(cells))
+    picture = Image.fromarray(_grid(_drawn(cells)))
     replace_file(sheet, lambda file: picture.save(file, "PNG"))
     recipe = {"seed": dataset.seed, "settings": to_plain(dataset.settings), "pairs": recipes}
     replace_text(folder / "pairs.json", json.dumps(recipe, indent=1))
     return sheet
 
 
-def _cell(clean: np.ndarray, degraded: np.ndarray, lines: list[str]) -> np.ndarray:
-    """A pair with what is said of it below."""
+def _drawn(cells: list[tuple[DegradedCrop, list[str]]]) -> list[np.ndarray]:
+    """Pairs with what is said of them below, all of one size."""
+    times = -(-_LEAST // cells[0][0].clean.shape[1])
+    letters = (2 * times * cells[0][0].clean.shape[1] + _GAP) // _LETTER
+    wrapped = [[part for line in lines for part in textwrap.wrap(line, letters)] for _, lines in cells]
+    most = max(map(len, wrapped))
+    return [
+        _cell(*(part.repeat(times, 0).repeat(times, 1) for part in (pair.clean, pair.image)), lines, most)
+        for (pair, _), lines in zip(cells, wrapped, strict=True)
+    ]
+
+
+def _cell(clean: np.ndarray, degraded: np.ndarray, lines: list[str], room: int) -> np.ndarray:
+    """A pair with its lines below, and room for so many."""
     gap = np.full((clean.shape[0], _GAP, 3), 255, np.uint8)
     pair = np.concatenate([clean, gap, degraded], axis=1)
-    label = Image.new("RGB", (pair.shape[1], _LINE * len(lines) + _GAP), "white")
+    label = Image.new("RGB", (pair.shape[1], _LINE * room + _GAP), "white")
     drawing = ImageDraw.Draw(label)
     for number, line in enumerate(lines):
         drawing.text((2, 2 + _LINE * number), line.encode("latin-1", "replace").decode("latin-1"), fill="black")

@@ -159,12 +159,28 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: there is no such file. Give the path of a .pth, .safetensors or .npz file.")
     try:
         tensors = _read(path)
-    except (pickle.UnpicklingError, RuntimeError, SafetensorError, OSError, EOFError, ValueError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"{path}: not a whole file of tensors ({reason}). Download it again.") from error
+    except (pickle.UnpicklingError, RuntimeError, SafetensorError, OSError, EOFError, ValueError, TypeError) as error:
+        reason = _what_is_wrong(path, error)
+        raise ValueError(
+            f"{path}: not a whole file of tensors ({reason}). Download it again, or give a file of weights alone."
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path}: expected tensors by name. Give a file of weights alone.")
     return tensors
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """Without the advice of libraries to load pickled objects all the same, which may run any code."""
+    said = str(error).split("\n", 1)[0]
+    if isinstance(error, OSError):
+        return said
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if not start:
+        return "it is empty"
+    if start.startswith(b"<"):
+        return "it is a web page"
+    return "it holds something else" if "pickle" in said or isinstance(error, pickle.UnpicklingError) else said
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .dists import read_tensors
 
 HEAD_AFTER = (1, 4, 7, 9, 10, 11, 12)
 """Indices of the SqueezeNet layers whose outputs are compared."""
@@ -74,15 +75,18 @@ class LPIPS(nn.Module):
 def load_lpips_squeeze(path: str | Path) -> LPIPS:
     """Builds LPIPS from a `.npz` with torchvision's names (`features.*`) and LPIPS's heads (`linK.model.1.weight`).
 
-    Missing, unknown or misshapen arrays are an error; nothing pickled is read.
+    Raises:
+        ValueError: It cannot be read, or arrays are missing, unknown or of another shape; nothing pickled is read.
     """
-    with np.load(path, allow_pickle=False) as arrays:
-        state = {_own_name(name): torch.from_numpy(arrays[name]) for name in arrays.files}
+    state = {_own_name(name): tensor for name, tensor in read_tensors(path).items()}
     model = LPIPS()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of LPIPS with SqueezeNet 1.1: {error}") from error
+        details = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path} does not hold the weights of LPIPS with SqueezeNet 1.1. Give lpips_squeeze_f32.npz: {details}"
+        ) from error
     return model
 
 

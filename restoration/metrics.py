@@ -49,8 +49,9 @@ def blockiness(images: Tensor, block: int = 8) -> Tensor:
     """Blocking effect factor of Yim and Bovik (2011, eq. 8-11), (B,), mean over channels, >= 0.
 
     The mean squared difference of neighbours across the block grid (which starts at the picture's corner) less that of
-    all other neighbours, times log2(block)/log2(shorter side); zero where it is not positive. Papers print it times
-    1e4. Both sides must be longer than a block.
+    all other neighbours, times log2(block)/log2(shorter side); zero where it is not positive. Both sides must be longer
+    than a block. DriftRec's Table III has the sum over the channels, as torchjpeg has it, times 1e4: of RGB three times
+    this mean, times 1e4.
     """
     return _blocking_effect(images, block).mean(dim=1)
 

@@ -26,6 +26,10 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 """From a picture and the clean one (1,3,H,W) to one number; the clean one may be left alone."""
 Better = Literal["higher", "lower"]
 _LEVELS = 255**2
+_BEF = (
+    "mean of the RGB channels, in squared levels of 8 bits; DriftRec's Table III has the sum of the channels, times "
+    "1e4 of [0, 1]"
+)
 
 
 class _Row(NamedTuple):
@@ -49,7 +53,7 @@ _PIXELS: dict[str, tuple[Compare, _Row]] = {
     "ssim_gauss": (gaussian_ssim, _Row("RGB, Gaussian window of 11, as Wang et al. and FBCNN", "higher", 4)),
     "psnr_b": (metrics.psnr_b, _Row("RGB, mean of the channels' dB", "higher", 3)),
     "psnr_b_luma": (luma_psnr_b, _Row("RGB, with the blocking of luma, as FBCNN", "higher", 3)),
-    "bef": (_blocking, _Row("RGB, in squared levels of 8 bits", "lower", 2, reference=False)),
+    "bef": (_blocking, _Row(_BEF, "lower", 2, reference=False)),
 }
 _OWN = {
     "lpips_squeeze": _Row("SqueezeNet 1.1, v0.1", "lower", 4),

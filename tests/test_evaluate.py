@@ -25,7 +25,6 @@ from tests.ddrm_graphs import write_prior
 from tests.one_step_networks import write_tiny_codiff
 from training.__main__ import main
 from training.evaluate import runner
-from training.evaluate.published import LIVE1, published_rows
 from training.restore.families import Loading, load_restorer
 from training.restore.settings import RestoreSettings
 
@@ -226,16 +225,6 @@ def test_samplers_and_averages(clean: Path, tmp_path: Path, monkeypatch: pytest.
     assert evaluations["4 averaged"] == 2 * 4
     psnr = [rows["10", f"drift, {count} averaged"]["means"]["psnr"] for count in (1, 4, 16)]
     assert psnr == sorted(psnr) and psnr[2] > psnr[0]
-
-
-def test_published_figures_stand_beside_ours_for_the_same_pictures_alone() -> None:
-    rows = published_rows("single", sorted(LIVE1), "4:2:0")
-    jpeg = next(row for row in rows if (row.method, row.condition) == ("JPEG", "10"))
-    assert jpeg.values["lpips_alex"] == 0.3013 and len({row.method for row in rows}) == 5
-    assert next(row for row in published_rows("double", sorted(LIVE1), "4:2:0")).values["psnr"] == 25.4
-    assert not published_rows("single", sorted(LIVE1)[:-1], "4:2:0")
-    assert not published_rows("single", sorted(LIVE1), "4:4:4")
-    assert not published_rows("rate", sorted(LIVE1), "4:2:0")
 
 
 def test_pictures_that_cannot_be_read_are_named_and_left_out(

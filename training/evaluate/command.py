@@ -72,7 +72,7 @@ def evaluate(options: EvaluateOptions, command: str = "") -> Results | None:
     rank, ranks, local_rank = rank_of(os.environ)
     device = choose_device(options.device, local_rank)
     loading = Loading(RestoreSettings(), device, DTYPES.get(options.dtype), options.base)
-    sources = find_sources(options.data, options.degraded, options.limit)
+    sources = find_sources(options.data, options.degraded, options.limit, options.output)
     restorers = read_restorers(options.restorer)
     parts = _parts(options, restorers, loading)
     metrics = _metrics(options, device)
@@ -87,7 +87,7 @@ def evaluate(options: EvaluateOptions, command: str = "") -> Results | None:
         runner = _runner(options, sources, metrics, loading, rank)
         runner.run(parts)  # nothing is left to measure
     results = _results(options, command, restorers, sources, metrics, device)
-    _add_rows(results, runner, parts, [Path(source.name).stem for source in sources], options.subsampling)
+    _add_rows(results, runner, parts, options.subsampling)
     if "quality" in options.protocol:
         results.quality = measure_quality(options, restorers, sources, device)
     if "embeddings" in options.protocol:
@@ -106,11 +106,13 @@ def _runner(
     return Runner(sources, options.subsampling, metrics, store, examples, loading)
 
 
-def _add_rows(results: Results, runner: Runner, parts: Sequence[Part], names: Sequence[str], subsampling: str) -> None:
+def _add_rows(results: Results, runner: Runner, parts: Sequence[Part], subsampling: str) -> None:
+    measured = [source for source in runner.sources if source.name not in runner.left_out]
     for part in parts:
         results.rows += runner.rows(part)
         results.lines += runner.lines(part)
-        results.published[part.protocol] = [to_plain(row) for row in published_rows(part.protocol, names, subsampling)]
+        published = published_rows(part.protocol, measured, subsampling)
+        results.published[part.protocol] = [to_plain(row) for row in published]
     results.left_out += runner.left_out.items()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from restoration.jpeg import JPEGData, apply_orientation, encode_with_pillow, read_jpeg_and_pixels
 from restoration.pictures import read_picture
-from training.data.pictures import find_images
+from training.data.pictures import IMAGE_EXTENSIONS
+from training.data.shards import is_shards
 from training.restore.plan import is_jpeg
 
 _SHIFT = 4
@@ -65,31 +68,76 @@ class Degraded:
         return None if self.file is None else 8 * len(self.file) / (self.pixels.shape[-1] * self.pixels.shape[-2])
 
 
-def find_sources(data: Path | None, degraded: Path | None, limit: int = 0) -> list[Source]:
+def find_sources(data: Path | None, degraded: Path | None, limit: int = 0, output: Path | None = None) -> list[Source]:
     """The pictures of a folder; of two folders, those of the second with their clean ones of the first.
 
-    Files belong together when their paths without the ending are the same.
+    Files belong together when their paths without the ending are the same. What lies below one of these folders inside
+    of another is none of the other's pictures: results of an earlier run are not measured.
+
+    Args:
+        data: Folder of clean pictures.
+        degraded: Folder of pictures that are degraded already.
+        limit: Take the first ones only; 0 takes all.
+        output: Folder of the results.
 
     Raises:
         FileNotFoundError: A folder is missing, or has no pictures.
-        ValueError: A degraded picture has no clean one, or more than one.
+        ValueError: A degraded picture has no clean one, or more than one; or what is given is no folder for itself.
     """
+    apart = [folder for folder in (data, degraded, output) if folder is not None]
     if degraded is None:
         assert data is not None
-        sources = [Source(path.relative_to(data).as_posix(), path, None) for path in find_images(data)]
+        sources = [Source(path.relative_to(data).as_posix(), path, None) for path in _pictures("--data", data, apart)]
     elif data is None:
-        sources = [Source(path.relative_to(degraded).as_posix(), None, path) for path in find_images(degraded)]
+        found = _pictures("--degraded", degraded, apart)
+        sources = [Source(path.relative_to(degraded).as_posix(), None, path) for path in found]
     else:
-        sources = _paired(data, degraded)
+        sources = _paired(data, degraded, apart)
+    if output is not None:
+        _check_output(output, data, degraded)
     return sources[: limit or None]
 
 
-def _paired(data: Path, degraded: Path) -> list[Source]:
+def _pictures(option: str, folder: Path, apart: Sequence[Path]) -> list[Path]:
+    """All below a folder, sorted, without those below the folders inside of it that are something else."""
+    if not folder.is_dir():
+        there = folder.exists() or is_shards(folder)
+        found = f"{folder} is no folder" if there else f"there is no folder {folder}"
+        unpack = ", and unpack shards first" if is_shards(folder) else ""
+        raise FileNotFoundError(f"{option}: {found}. Give a folder with pictures{unpack}.")
+    inside = _inside(folder, apart)
+    found = [
+        path for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()
+        and not any(Path(os.path.realpath(path.parent)).is_relative_to(other) for other in inside)
+    ]  # fmt: skip
+    if not found:
+        left_out = f", {', '.join(map(str, inside))} left out" if inside else ""
+        endings = ", ".join(sorted(IMAGE_EXTENSIONS))
+        raise FileNotFoundError(
+            f"{option}: no picture in {folder}: expected files ending in {endings}, also in sub-folders{left_out}."
+        )
+    return found
+
+
+def _inside(folder: Path, others: Sequence[Path]) -> list[Path]:
+    """The real paths of those that lie inside of a folder, and are not the folder itself."""
+    real = Path(os.path.realpath(folder))
+    return [other for other in map(Path, map(os.path.realpath, others)) if other != real and real in other.parents]
+
+
+def _check_output(output: Path, data: Path | None, degraded: Path | None) -> None:
+    for option, folder in (("--data", data), ("--degraded", degraded)):
+        if folder is not None and os.path.realpath(folder) == os.path.realpath(output):
+            raise ValueError(f"expected --output to be another folder than {option}, got {output} for both.")
+
+
+def _paired(data: Path, degraded: Path, apart: Sequence[Path]) -> list[Source]:
     clean: dict[str, list[Path]] = {}
-    for path in find_images(data):
+    for path in _pictures("--data", data, apart):
         clean.setdefault(_key(path, data), []).append(path)
     sources, alone = [], []
-    for path in find_images(degraded):
+    for path in _pictures("--degraded", degraded, apart):
         found = clean.get(_key(path, degraded), [])
         if len(found) == 1:
             sources.append(Source(path.relative_to(degraded).as_posix(), found[0], path))

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from training.evaluate.pictures import Source, fingerprint, read_clean
+
 _PERCEPTUAL = ("lpips_alex", "dists", "musiq", "maniqa", "clipiqa")
 _DOUBLE = ("ssim_9", "psnr", "psnr_b")
 
@@ -26,13 +28,19 @@ class PublishedRow:
     values: dict[str, float]
 
 
-LIVE1 = frozenset({
-    "bikes", "building2", "buildings", "caps", "carnivaldolls", "cemetry", "churchandcapitol", "coinsinfountain",
-    "dancers", "flowersonih35", "house", "lighthouse2", "lighthouse3", "manfishing", "monarch", "ocean", "paintedhouse",
-    "parrots", "plane", "rapids", "sailing1", "sailing2", "sailing3", "sailing4", "statue", "stream",
-    "studentsculpture", "woman", "womanhat",
-})  # fmt: skip
-"""Names of the 29 pictures of LIVE1."""
+LIVE1 = {
+    "bikes": "b2db441b7fef5ca1", "building2": "6aba42d90e5ea26a", "buildings": "3b27728371d2438d",
+    "caps": "08d7bd3c8134f62b", "carnivaldolls": "5c21c31e9c6e55d8", "cemetry": "1281a3ea98ea6ea4",
+    "churchandcapitol": "dd076d199177476a", "coinsinfountain": "fcd56a7fb5802f82", "dancers": "9c7ddb2a4b06c05c",
+    "flowersonih35": "1b7dcb894cfa5164", "house": "fbea5ce26f863801", "lighthouse2": "692589b8cd602fb9",
+    "lighthouse3": "6cf2e0eccb071994", "manfishing": "fae582b1e130cedc", "monarch": "c07c4ff37de1d749",
+    "ocean": "790c446d86cb83b8", "paintedhouse": "a4210e780c2762d4", "parrots": "5ce07522eb599498",
+    "plane": "8f2ca82c5c1150a0", "rapids": "40299bd74248cce5", "sailing1": "b2588534beaaebf0",
+    "sailing2": "0e17388e23bfaf19", "sailing3": "e5af078637a02517", "sailing4": "e18511c79af4a5a6",
+    "statue": "0dfbc4a1668f3b34", "stream": "17f888e456a4cf81", "studentsculpture": "3918ef2625ab02f1",
+    "woman": "ecb2ef6fd9f0e2a2", "womanhat": "99dad4f533eee2f5",
+}  # fmt: skip
+"""The 29 pictures of LIVE1: name -> `fingerprint` of the levels."""
 
 _TABLE_1 = {
     "JPEG": ("CODiff, Table 1", {
@@ -80,15 +88,27 @@ _TABLE_4 = {
 }  # fmt: skip
 
 
-def published_rows(protocol: str, pictures: Sequence[str], subsampling: str) -> list[PublishedRow]:
+def is_live1(sources: Sequence[Source]) -> bool:
+    """Whether these are LIVE1's 29 pictures, level by level, whatever their names: no shrunk or recompressed copies."""
+    if len(sources) != len(LIVE1) or any(source.clean is None for source in sources):
+        return False
+    try:
+        marks = {fingerprint(read_clean(source.clean)) for source in sources if source.clean is not None}
+    except (ValueError, OSError):
+        return False
+    return marks == set(LIVE1.values())
+
+
+def published_rows(protocol: str, sources: Sequence[Source], subsampling: str) -> list[PublishedRow]:
     """What papers found in the same protocol on the same pictures; none where nobody did.
 
     Args:
         protocol: `single` or `double` have such rows.
-        pictures: Names of all pictures, without their endings: LIVE1's 29.
+        sources: The pictures that were measured, all of them compressed here.
         subsampling: The papers' is 4:2:0.
     """
-    if frozenset(pictures) != LIVE1 or len(pictures) != len(LIVE1) or subsampling != "4:2:0":
+    compressed_here = all(source.degraded is None for source in sources)
+    if protocol not in ("single", "double") or subsampling != "4:2:0" or not compressed_here or not is_live1(sources):
         return []
     if protocol == "single":
         return [
@@ -96,13 +116,11 @@ def published_rows(protocol: str, pictures: Sequence[str], subsampling: str) -> 
             for method, (source, table) in _TABLE_1.items()
             for condition, values in table.items()
         ]
-    if protocol == "double":
-        return [
-            PublishedRow(protocol, condition, method, "DriftRec, Table IV", dict(zip(_DOUBLE, values, strict=True)))
-            for method, table in _TABLE_4.items()
-            for condition, values in table.items()
-        ]
-    return []
+    return [
+        PublishedRow(protocol, condition, method, "DriftRec, Table IV", dict(zip(_DOUBLE, values, strict=True)))
+        for method, table in _TABLE_4.items()
+        for condition, values in table.items()
+    ]
 
 
 def to_plain(row: PublishedRow) -> dict[str, Any]:

@@ -41,10 +41,17 @@ def cell(row: Row, metric: MetricFacts) -> str:
     return f"{row.means[metric.name]:.{metric.digits}f}{of}"
 
 
+def how_many(row: Row, rows: Sequence[Row]) -> str:
+    """To stand behind a row's name: of how many pictures it is, where others under the same condition are of more."""
+    most = max(other.pictures for other in rows)
+    return "" if row.pictures == most else f" ({row.pictures} of {most} pictures)"
+
+
 def best_of(rows: Sequence[Row], metric: MetricFacts) -> float | None:
-    """The best mean of rows under one condition, where several are compared."""
-    values = [row.means[metric.name] for row in rows if metric.name in row.means]
-    if len(values) < 2:
+    """The best mean of rows under one condition; None where there is but one, or they are of different pictures."""
+    measured = [row for row in rows if metric.name in row.means]
+    values = [row.means[metric.name] for row in measured]
+    if len(values) < 2 or len({row.counts.get(metric.name, row.pictures) for row in measured}) > 1:
         return None
     return max(values) if metric.better == "higher" else min(values)
 
@@ -62,7 +69,8 @@ def _table(results: Results, protocol: str) -> str:
     head += ["evaluations"] if with_evaluations else []
     body = []
     for row in rows:
-        line = [row.condition, _short(row.system), *(cell(row, metric) for metric in metrics), f"{row.seconds:.2f}"]
+        name = _short(row.system) + how_many(row, [other for other in rows if other.condition == row.condition])
+        line = [row.condition, name, *(cell(row, metric) for metric in metrics), f"{row.seconds:.2f}"]
         body.append(line + ([f"{row.evaluations:.0f}" if row.evaluations else "-"] if with_evaluations else []))
     return "\n".join([f"{PICTURE_PROTOCOLS[protocol].title} ({rows[0].pictures} pictures)", *aligned(head, body)])
 

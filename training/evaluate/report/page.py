@@ -13,7 +13,7 @@ from training.evaluate.protocols import PICTURE_PROTOCOLS
 from training.evaluate.report.plots import kind_of, plot_map, plot_metric, plot_quality
 from training.evaluate.report.style import PAGE
 from training.evaluate.results import MetricFacts, Results, Row
-from training.evaluate.tables import arrow, best_of, cell, columns_of
+from training.evaluate.tables import arrow, best_of, cell, columns_of, how_many
 
 ExamplesOf = Callable[[Row], Sequence[Example]]
 """The pictures to show of a row."""
@@ -80,7 +80,7 @@ def _table(results: Results, protocol: str) -> str:
 
 
 def _row(row: Row, together: Sequence[Row], metrics: Sequence[MetricFacts], *, evaluations: bool) -> str:
-    cells = [f"<td>{escape(row.condition)}</td><td>{escape(row.system)}</td>"]
+    cells = [f"<td>{escape(row.condition)}</td><td>{escape(row.system)}{how_many(row, together)}</td>"]
     for metric in metrics:
         best = metric.name in row.means and row.means[metric.name] == best_of(together, metric)
         cells.append(f"<td class=number>{'<b>' if best else ''}{cell(row, metric)}{'</b>' if best else ''}</td>")

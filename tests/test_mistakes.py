@@ -67,7 +67,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(3):
         Image.fromarray(generator.integers(0, 255, (72, 96, 3), np.uint8)).save(tmp_path / f"pictures/{number}.png")
     (tmp_path / "broken" / "holiday.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    (tmp_path / "broken" / "scan.png").write_bytes((tmp_path / "pictures/0.png").read_bytes()[:50])
+    (tmp_path / "broken" / "scan.png").write_bytes((tmp_path / "pictures/0.png").read_bytes()[:20])
     (tmp_path / "notes.txt").write_text("not a restorer")
     (tmp_path / "sd21-768/scheduler/scheduler_config.json").write_text(
         json.dumps(

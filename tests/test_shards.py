@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -20,6 +21,7 @@ from training.data import shards
 from training.data.captions import read_texts
 from training.data.pairs import IndexSampler, PairDataset, epoch_order, make_loader
 from training.data.pictures import find_images, load_image, scan_images
+from training.data.reading import UnreadableError
 from training.data.shards import ShardError, expand_shards, index_path, read_beside, scan_shard, shard_of
 from training.degradation import PRESETS
 from training.prepare.indexes import write_indexes
@@ -77,7 +79,7 @@ def test_several_patterns_wildcards_and_folders(folder):
     several = expand_shards(f"{folder}/s-{{010..011}}.tar::{folder}/s-000.tar")
     assert [path.name for path in several] == ["s-010.tar", "s-011.tar", "s-000.tar"]
     assert expand_shards(f"{folder}/s-*.tar") == sorted(folder.glob("*.tar"))
-    with pytest.raises(FileNotFoundError, match=r"12 shards are named as .*\*\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"holds 12 shard\(s\): give --data\.train '.*/\*\.tar'$"):
         find_images(folder)
 
 
@@ -158,10 +160,38 @@ def test_broken_members_are_named_once_and_replaced(tmp_path, caplog):
     assert [second[index]["path"] for index in reversed(range(20))] == seen[::-1]
 
 
-def test_a_shard_that_goes_away_is_an_error_of_its_pictures_alone(folder):
+def test_a_shard_that_goes_away_ends_the_run_with_a_sentence(folder, monkeypatch):
+    """Passing over its pictures would lose them for the run, and give every process another order."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
     items = dataset(f"{folder}/s-{{000..001}}.tar")
     (folder / "s-001.tar").unlink()
-    assert {shard_of(Path(items[index]["path"])) for index in range(20)} == {str(folder / "s-000.tar")}
+    with pytest.raises(UnreadableError, match=r"s-001\.tar is gone, though its folder is there\. .*repeat the command"):
+        [items[index] for index in range(20)]
+
+
+def test_a_shard_is_opened_anew_after_an_outage(folder, monkeypatch):
+    """What was kept open is of no use when a network disk comes back, and no picture counts as broken for it."""
+    files = shards._OpenFiles(3)
+    monkeypatch.setattr(shards, "_FILES", files)
+    items = dataset(f"{folder}/s-{{000..001}}.tar", cache_mb=0)
+    expected = [items[index]["path"] for index in range(10)]
+    kept = {name: stale(file) for name, file in files._files.items()}
+    files._files.update(kept)
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    assert [items[index]["path"] for index in range(10)] == expected
+    assert len(waited) == len(kept) == 2 and not items._broken
+
+
+def stale(file):
+    """A file whose server has forgotten it."""
+
+    class Stale(io.BytesIO):
+        def seek(self, *_):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    file.close()
+    return Stale()
 
 
 def test_an_epoch_shows_each_picture_once_and_reads_few_shards_at_a_time(folder):

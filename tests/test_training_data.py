@@ -54,6 +54,9 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         find_images(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="no picture found"):
         find_images(tmp_path)
+    (tmp_path / "beach.jpg").touch()
+    with pytest.raises(FileNotFoundError, match=r"beach\.jpg is a file: give the folder .*, e\.g\. "):
+        find_images(tmp_path / "beach.jpg")
 
 
 @pytest.mark.parametrize("augmentation", ["paper", "crop"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -16,8 +15,8 @@ from restoration.jpeg import estimate_quality
 from restoration.prompts import QualityEstimator
 from restoration.restorer_file import read_restorer
 from restoration.restorers import build_restorer, load_weights
-from training.data.pictures import DECODE_ERRORS, upright_rgb
-from training.data.shards import open_member
+from training.data.pictures import BrokenPictureError, opened, read_picture, upright_rgb
+from training.data.reading import ForbiddenFileError
 
 ESTIMATOR = Path(__file__).parents[2] / "weights" / "starter-quality.safetensors"
 """Tells the JPEG quality of pixels."""
@@ -58,15 +57,19 @@ class PictureFacts:
 
 
 def look_at(path: Path) -> PictureFacts:
-    """Decode a picture and find out about it."""
+    """Decode a picture and find out about it.
+
+    Raises:
+        UnreadableError: The disk does not give it, also after some seconds.
+    """
     try:
-        data = (open_member(path) or io.BytesIO(path.read_bytes())).read()
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
+        data = read_picture(path)
+        with warnings.catch_warnings(), opened(data) as picture:
             warnings.simplefilter("ignore")  # of odd metadata, which does not matter here
-            tables = getattr(opened, "quantization", None) or None  # of JPEGs; lossless ones have none
-            pixels = upright_rgb(opened)
-    except DECODE_ERRORS as error:
-        return PictureFacts(path, f"{type(error).__name__}: {error}")
+            tables = getattr(picture, "quantization", None) or None  # of JPEGs; lossless ones have none
+            pixels = upright_rgb(picture)
+    except (BrokenPictureError, ForbiddenFileError) as error:
+        return PictureFacts(path, str(error))
     middle = _middle(pixels)
     steps, grid = find_grid(middle)
     return PictureFacts(
@@ -74,7 +77,7 @@ def look_at(path: Path) -> PictureFacts:
         None,
         pixels.shape[1],
         pixels.shape[0],
-        None if tables is None else _file_quality(tables),
+        None if tables is None else file_quality(tables),
         _seen_quality(middle, grid) if tables is None else None,
         steps,
         fingerprint(pixels),
@@ -82,7 +85,8 @@ def look_at(path: Path) -> PictureFacts:
     )
 
 
-def _file_quality(tables: dict[int, list[int]]) -> float:
+def file_quality(tables: dict[int, list[int]]) -> float:
+    """The IJG quality, 1 to 100, of the quantisation tables that Pillow gives of a JPEG."""
     return estimate_quality([torch.tensor(tables[number]).reshape(8, 8) for number in sorted(tables)[:2]]).quality
 
 

@@ -88,7 +88,12 @@ class PairDataset(Dataset[dict[str, Any]]):
         return path, draw_pair(picture, self.settings, [self.seed, 1, index])
 
     def picture_of(self, index: int) -> tuple[Path, np.ndarray]:
-        """The picture of this index, (H,W,3) uint8, or, where that cannot be decoded, the next one of its epoch."""
+        """The picture of this index, (H,W,3) uint8, or, where that cannot be decoded, the next one of its epoch.
+
+        Raises:
+            UnreadableError: The disk does not give it: that says nothing of the picture, and is not passed over.
+            RuntimeError: None can be decoded.
+        """
         number, picture = self._decoded(index)
         return self.paths[number], picture
 

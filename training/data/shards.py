@@ -63,7 +63,7 @@ def expand_shards(source: str | Path) -> list[Path]:
         )
     if packed := next((part for part in text.split(SEPARATOR) if part.endswith(_PACKED)), None):
         raise ShardError(f"{packed}: a compressed tar cannot be read from its middle. Unpack it to .tar: gunzip FILE.")
-    paths = [Path(name) for part in text.split(SEPARATOR) for name in _expanded(part)]
+    paths = [Path(name) for part in text.split(SEPARATOR) for name in _expanded(os.path.expanduser(part))]
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
         named = f"there is no file {missing[0]}" if missing else f"no file has a name like {text}"
@@ -248,14 +248,23 @@ class _OpenFiles:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """So many bytes, or fewer where the file ends."""
+        """So many bytes, or fewer where the file ends.
+
+        Raises:
+            OSError: It cannot be opened or read.
+        """
         with self._lock:
             file = self._files.pop(path, None) or open(path, "rb")  # noqa: SIM115
+            try:
+                file.seek(offset)
+                data = file.read(size)
+            except OSError:  # e.g. of a network disk that went away: a later call opens it anew
+                file.close()
+                raise
             self._files[path] = file
             if len(self._files) > self.limit:
                 self._files.popitem(last=False)[1].close()
-            file.seek(offset)
-            return file.read(size)
+            return data
 
 
 _FILES = _OpenFiles(_OPEN_FILES)

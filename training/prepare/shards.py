@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from training.data.pictures import DECODE_ERRORS, find_images, upright_rgb
+from training.data.pictures import DECODE_ERRORS, find_images, opened, read_picture, upright_rgb
 from training.data.shards import Index, ShardError, index_path, index_text, is_shards, read_beside
 from training.files import replace_file, replace_text
 from training.parallel import in_processes
@@ -45,10 +45,10 @@ class ShardSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.shard_mb <= 0 or self.seed < 0:
-            raise ShardError(
-                f"expected --shard-mb above 0 and --seed of at least 0, got {self.shard_mb:g} and {self.seed}."
-            )
+        if self.shard_mb <= 0:
+            raise ShardError(f"--shard-mb: expected a size above 0, got {self.shard_mb:g}.")
+        if self.seed < 0:
+            raise ShardError(f"--seed: expected at least 0, got {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def write_shards(source: Path, output: Path, settings: ShardSettings, *, jobs: i
         ShardError: `output` holds shards of something else, or `source` is shards already.
         FileNotFoundError: The folder has no pictures.
         OSError: The disk is full, or not writable; whole shards stay.
+        UnreadableError: The disk does not give a picture.
     """
     if is_shards(source):
         raise ShardError(f"{source}: expected a folder, got shards. They can be trained on as they are.")
@@ -164,7 +165,7 @@ def _write_shard(packing: _Packing) -> int:
                 try:
                     data, ending = _packed(path, packing.encode)
                 except DECODE_ERRORS as error:
-                    left_out.append((str(path), f"{type(error).__name__}: {error}"))
+                    left_out.append((str(path), str(error)))
                     continue
                 _add(tar, f"{name}{ending}", data, index)
                 if (caption := read_beside(path, ".txt")) is not None:
@@ -178,13 +179,13 @@ def _write_shard(packing: _Packing) -> int:
 
 def _packed(path: Path, encode: str) -> tuple[bytes, str]:
     """The bytes of a member and its ending."""
-    data = path.read_bytes()
+    data = read_picture(path)
     if encode == "copy":
-        with Image.open(io.BytesIO(data)) as picture:
+        with opened(data) as picture:
             picture.verify()
         return data, path.suffix.lower()
-    with Image.open(io.BytesIO(data)) as opened:
-        pixels = Image.fromarray(upright_rgb(opened))
+    with opened(data) as picture:
+        pixels = Image.fromarray(upright_rgb(picture))
     buffer = io.BytesIO()
     pixels.save(buffer, encode.upper(), **({"lossless": True} if encode == "webp" else {}))
     return buffer.getvalue(), f".{encode}"

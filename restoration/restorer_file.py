@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .replacing import replace
+
 METADATA_KEY = "jpeg_restorer"
 VERSION = 1
 FAMILIES = ("cave", "codiff", "saipe", "sodiff", "quality", "driftrec", "regression", "prior")
@@ -88,7 +90,7 @@ def write_restorer(path: str | os.PathLike[str], metadata: RestorerMetadata, ten
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(whole, temporary, metadata={METADATA_KEY: description})
         os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
 

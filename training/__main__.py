@@ -55,7 +55,9 @@ def main() -> int:
     try:
         return _run(command, rest)
     except KeyboardInterrupt:
-        goes_on = "; repeat the command to go on from the last checkpoint" if command in COMMANDS else ""
+        goes_on = (
+            "; repeat the command: it goes on from its last checkpoint, if there is one" if command in COMMANDS else ""
+        )
         print(f"training {command}: stopped{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as in `python -m training presets | head`
@@ -105,7 +107,7 @@ def _train(command: str, arguments: list[str]) -> None:
     if not accelerator_available():
         keep_freed_memory()
     session = Session(command, config)
-    session.describe()
+    session.describe(whole=dry_run)
     if dry_run:
         print("dry run: nothing was written")
     else:

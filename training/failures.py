@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 MISTAKE, NO_ROOM = 2, 1
@@ -85,12 +87,19 @@ def _lower(command: str, *, trains: bool) -> str:
         return _OTHERS.get(command, "Close other programs, or use a machine with more memory.")
     twice = ", turn on --gradient-checkpointing" if command in ("codiff", "saipe", "sodiff") else ""
     return (
-        f"Raise --run.accumulate (the same batch in smaller parts){twice}, lower --run.batch or --data.crop, or choose "
-        "a smaller preset of `python -m training presets`. The last checkpoint is whole."
+        f"Raise --run.accumulate (the same batch in smaller parts){twice}, lower --run.batch; or, for a new run, --data.crop or "
+        "the preset (`python -m training presets`). The last checkpoint is whole."
     )
 
 
 def _missing_package(error: ImportError) -> Ending | None:
     if (error.name or "").split(".")[0] in ("training", "restoration"):
         return None
-    return Ending(f'{error}. Install what the trainer needs: pip install -e ".[training]"', MISTAKE)
+    return Ending(f'{error}. Install what the trainer needs: pip install -e ".[training]"{_own_python()}', MISTAKE)
+
+
+def _own_python() -> str:
+    """The Python that `make setup` has made here, if it is another one."""
+    names = [Path(".venv") / name for name in ("bin/python", "Scripts/python.exe")]
+    there = [name for name in names if name.exists() and Path(sys.prefix).resolve() != Path(".venv").resolve()]
+    return f", or use {there[0]}, where it is installed" if there else ""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from restoration.replacing import replace
+
 PART = ".part"
 """Ending of a file that is being written; one that a kill left behind is of no use to anybody."""
 
@@ -30,7 +32,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, flush: bool
             file.flush()
             if flush:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -41,27 +43,17 @@ def replace_text(path: Path, text: str) -> None:
     replace_file(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name, in the place of what had it; a copy where the disk knows no second names.
-
-    Neither may be changed afterwards but by replacing it.
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file in the place of another.
 
     Raises:
         OSError: The disk is full or not writable.
     """
-    temporary = target.with_name(target.name + PART)
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:  # FAT and some network disks
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)  # renaming does nothing where both are names of one file already
+    with source.open("rb") as opened:
+        replace_file(target, lambda file: shutil.copyfileobj(opened, file), flush=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what a kill left half written in a folder."""
-    for path in folder.glob(f"*{PART}"):
+def remove_parts(folder: Path, pattern: str) -> None:
+    """Remove what a kill left half written in a folder, of files whose names are like a pattern."""
+    for path in folder.glob(f"{pattern}{PART}"):
         path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -68,17 +69,28 @@ class _Sink:
         """The caller flushes."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Read what `write_checkpoint` wrote; only tensors and plain values are accepted.
 
+    Args:
+        path: The file.
+        mapped: Leave the tensors on the disk, for whom a few numbers are enough.
+
     Raises:
-        CheckpointError: The file is not a whole checkpoint.
+        CheckpointError: The file is not a whole checkpoint, or cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}.", str(path)) from error
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is not a whole checkpoint ({reason}). Remove it to start anew.") from error
+        if "memory" in reason.lower():
+            raise
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint ({reason}). Move it away to start anew; the folder `kept` beside it may "
+            "hold an older one (--run.keep-every)."
+        ) from error
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import socket
 import time
@@ -40,7 +41,7 @@ class Log(Protocol):
 
 
 class StatsFile:
-    """A line of JSON for every step and every validation: `images`, and the figures.
+    """A line of JSON for every step and every validation: `images`, and the figures; null for what is no number.
 
     Args:
         path: The file. What an earlier run wrote stays, up to where this one goes on, but for a line that a kill cut.
@@ -56,7 +57,8 @@ class StatsFile:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def figures(self, images: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"images": images, **values}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"images": images, **numbers}) + "\n")
 
     def picture(self, images: int, name: str, picture: Tensor) -> None:
         """Pictures are not for this file."""

@@ -78,6 +78,7 @@ class Learner:
         self.optimizer = make_optimizer(self.parameters, config)
         self.wrapped: Any = module
         self.spread = False
+        self.skipped = 0  # steps in a row, for gradients that are no numbers
 
     def state_dict(self) -> dict[str, Any]:
         """The weights as `model`, the optimiser as `optimizer`."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
 _SECONDS = 30.0
+
+
+def mute(stream: TextIO) -> None:
+    """Whoever read a stream is gone; what comes later is written to nowhere, and nothing ends because of that."""
+    with contextlib.suppress(OSError, ValueError):  # no file at all, as in a notebook
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress(Protocol):
@@ -51,8 +59,11 @@ class Bar:
         )  # fmt: skip
 
     def update(self, images: int, loss: float) -> None:
-        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        self._bar.update(images)
+        try:
+            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update(images)
+        except OSError:
+            mute(sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
@@ -87,7 +98,7 @@ class Lines:
     def _line(self, loss: float, rate: float) -> str:
         left = max(0, self._total - self._done) / rate
         end = datetime.datetime.now() + datetime.timedelta(seconds=left)
-        when = f"{end:%H:%M}" if left < 43_200 else f"{end:%Y-%m-%d %H:%M}"
+        when = f"{end:%H:%M}" if end.date() == datetime.date.today() else f"{end:%Y-%m-%d %H:%M}"
         return (
             f"{self._done:,} of {self._total:,} images, loss {loss:.4f}, {rate:.1f} images/s, "
             f"{duration(left)} left (about {when})"

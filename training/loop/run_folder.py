@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,36 +17,14 @@ from tqdm import tqdm
 from restoration.restorer_file import RestorerFileError, RestorerMetadata, half, read_metadata, write_restorer
 from training.command_line.files import to_plain, to_yaml
 from training.configs.common import RunConfig
-from training.files import link_file, remove_parts, replace_file, replace_text
+from training.files import copy_file, remove_parts, replace_file, replace_text
 from training.loop.checkpoint import write_checkpoint
+from training.loop.lock import FolderLock, LockedError
 from training.loop.logs import Log, StatsFile, TensorBoard, WeightsAndBiases
-from training.loop.progress import Progress, make_progress
+from training.loop.progress import Progress, make_progress, mute
+from training.loop.same_run import CONFIG, RunFolderError, stored_run
 from training.loop.validation import is_better
 from training.trainers.task import Task
-
-_MAY_CHANGE = (
-    *("run.images", "run.batch", "run.accumulate", "run.precision", "run.output", "run.init_from", "run.license"),
-    *("run.half", "run.checkpoint_every", "run.checkpoint_minutes", "run.keep", "run.wandb"),
-    *("run.compile", "run.channels_last", "run.fsdp"),
-    *("data.train", "data.validation", "data.workers", "data.cache_mb", "captions", "text_encoder.cache"),
-    *("validation", "optimizer", "critic_optimizer"),
-)
-"""What may differ when a run goes on: all that does not change what is trained."""
-_MUST_NOT_CHANGE = ("optimizer.eight_bit", "critic_optimizer.eight_bit")
-"""Exceptions to it: the stored states of the optimiser would not fit."""
-
-
-class RunFolderError(RuntimeError):
-    """The folder holds another run, or something cannot be written to it.
-
-    Args:
-        message: What happened, and what to do.
-        filename: What could not be written.
-    """
-
-    def __init__(self, message: str, filename: str | None = None) -> None:
-        super().__init__(message)
-        self.filename = filename
 
 
 class RunFolder:
@@ -59,13 +36,17 @@ class RunFolder:
         config: The resolved configuration.
         main: Whether this is the main process.
         provenance: What the exported file says of its data.
+        held_out: Names of pictures that are set aside for validation.
 
     Raises:
-        RunFolderError: The disk is full or not writable; of all that writes as well.
+        RunFolderError: Another training writes there; the disk is full or not writable, of all that writes as well.
         ValueError: Weights & Biases is asked for and cannot be had.
     """
 
-    def __init__(self, path: Path, command: str, config: Any, *, main: bool, provenance: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, command: str, config: Any, *, main: bool, provenance: dict[str, Any],
+        held_out: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.path, self.command, self.config, self.main, self.provenance = path, command, config, main, provenance
         self.checkpoint = path / "checkpoint.pt"
         self.restorer = path / f"{command}.safetensors"
@@ -73,17 +54,19 @@ class RunFolder:
         self.kept = path / "kept"
         self._logs: list[Log] = []
         self._full = False
+        self.held_out = held_out
+        self._lock: FolderLock | None = None
         if main:
             with self._writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+                self._lock = _held(path)
                 self._describe()
 
     def _describe(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        for folder in (self.path, self.kept, self.path / "samples"):
-            remove_parts(folder)
+        for name in (f"{self.command}*", "checkpoint.pt", "config.*", "stats.jsonl", "samples/*.png", "kept/*"):
+            remove_parts(self.path, name)
         described = self.path / "config.yaml"
-        stored = {"command": self.command, **to_plain(self.config)}
-        replace_text(self.path / "config.json", json.dumps(stored, indent=1))
+        replace_text(self.path / CONFIG, stored_run(self.command, self.config, self.held_out))
         replace_text(described, f"# python -m training {self.command} --config {described}\n{to_yaml(self.config)}")
 
     def begin(self, images: int) -> None:
@@ -109,10 +92,13 @@ class RunFolder:
             ) from error
 
     def say(self, text: str) -> None:
-        """Print a line without tearing the progress bar."""
+        """Print a line without tearing the progress bar; to nobody where nobody reads along any more."""
         if self.main:
-            tqdm.write(text)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except OSError:
+                mute(sys.stdout)
 
     def progress(self, done: int, total: int) -> Progress:
         """Shows how far the run is, and an estimate of its end."""
@@ -171,19 +157,18 @@ class RunFolder:
         return better and images > 0
 
     def save(self, state: dict[str, Any], *, keep: bool = False) -> None:
-        """Replace the checkpoint; with `keep` the new one stays under a second name, and old ones of those leave.
+        """Replace the checkpoint; with `keep` a copy of it stays, and old ones of those leave.
 
         Raises:
             CheckpointError: It cannot be written.
         """
+        write_checkpoint(self.checkpoint, state)
         if not keep:
-            write_checkpoint(self.checkpoint, state)
             return
         kept = self._kept(state["images"], ".pt")
-        write_checkpoint(kept, state)
-        with self._writing(self.checkpoint):
-            link_file(kept, self.checkpoint)
-        names = sorted(self.kept.glob(f"{self.command}-*.pt"))
+        with self._writing(kept):
+            copy_file(self.checkpoint, kept)
+        names = sorted(self.kept.glob(f"{self.command}-*.pt"), key=lambda path: (len(path.name), path.name))
         most = self.config.run.keep
         for old in names[: max(0, len(names) - most)] if most else []:
             old.unlink()
@@ -206,7 +191,10 @@ class RunFolder:
         return (_training(self.restorer) or {}).get("measured_at")
 
     def close(self) -> None:
-        """Write what the logs still hold; where something could not be written already, that has been said."""
+        """Write what the logs still hold, and let others write to the folder; where something could not be written
+        already, that has been said."""
+        if self._lock is not None:
+            self._lock.release()
         logs, self._logs, said = self._logs, [], self._full
         for log in logs:
             try:
@@ -215,6 +203,13 @@ class RunFolder:
             except RunFolderError:
                 if not said:
                     raise
+
+
+def _held(path: Path) -> FolderLock:
+    try:
+        return FolderLock(path)
+    except LockedError as error:
+        raise RunFolderError(str(error)) from error
 
 
 def _tensors(task: Task, run: RunConfig) -> dict[str, Tensor]:
@@ -230,36 +225,3 @@ def _training(path: Path) -> dict[str, Any] | None:
     except RestorerFileError:
         return None
     return {"measured_at": training.get("images"), **training}  # files of the first version were always measured
-
-
-def check_same_run(path: Path, command: str, config: Any) -> None:
-    """Compare with what the folder holds, if it holds a run that can go on.
-
-    Raises:
-        RunFolderError: It is another run; what differs is named.
-    """
-    stored = path / "config.json"
-    if not (stored.exists() and (path / "checkpoint.pt").exists()):
-        return
-    now = _flat({"command": command, **to_plain(config)})
-    then = _flat(json.loads(stored.read_text(encoding="utf-8")))
-    changed = [key for key in now if now[key] != then.get(key, now[key]) and not _may_change(key)]
-    if changed:
-        listed = ", ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed[:4])
-        raise RunFolderError(
-            f"{path} holds another run ({listed}). Give --run.output another folder, or remove this one."
-        )
-
-
-def _may_change(key: str) -> bool:
-    return key.startswith(_MAY_CHANGE) and not key.startswith(_MUST_NOT_CHANGE)
-
-
-def _flat(value: Any, where: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {where: value}
-    return {
-        key: item
-        for name, part in value.items()
-        for key, item in _flat(part, f"{where}.{name}" if where else str(name)).items()
-    }

@@ -16,9 +16,11 @@ from training.commands import COMMANDS
 from training.data.pictures import find_images, scan_images
 from training.data.views import pairs_of
 from training.given_files import read_given
+from training.loop.briefing import changes, warnings
 from training.loop.checkpoint import read_checkpoint
 from training.loop.logs import import_wandb
-from training.loop.run_folder import RunFolder, check_same_run
+from training.loop.run_folder import RunFolder
+from training.loop.same_run import check_same_run, held_out_before
 from training.loop.trainer import Trainer
 from training.loop.validation import Validation, split_pictures
 
@@ -51,8 +53,9 @@ class Session:
             check_same_run(config.run.output, command, config)
         self._say(f"looking at the pictures in {config.data.train} ...")
         self.training, self.broken = _readable(config.data.train)
+        self.held_out: list[str] = []
         if config.data.validation is None:
-            self.training, self.validation = split_pictures(self.training, config.validation.images)
+            self._split()
         else:
             self.validation, broken = _readable(config.data.validation)
             self.broken += broken
@@ -62,6 +65,17 @@ class Session:
         self.resuming = self.checkpoint.exists()
         if config.run.init_from is not None:
             self._start_from(config.run.init_from)
+
+    def _split(self) -> None:
+        """Set pictures aside for validation: those that this run set aside before, where it goes on."""
+        source, paths = self.config.data.train, {}
+        for path in self.training:
+            base = next((base for base in (source, source.parent) if path.is_relative_to(base)), path.parent)
+            paths[path.relative_to(base).as_posix()] = path
+        before = [paths[name] for name in held_out_before(self.config.run.output) if name in paths]
+        self.training, self.validation = split_pictures(self.training, self.config.validation.images, before)
+        aside = {*before, *self.validation} - set(self.training)
+        self.held_out = [name for name, path in paths.items() if path in aside]
 
     def _start_from(self, path: Path) -> None:
         if self.resuming:
@@ -73,10 +87,11 @@ class Session:
         except ValueError as error:
             raise ValueError(f"--run.init-from {path}: {str(error).removeprefix(f'{path.name}: ')}") from error
 
-    def describe(self) -> None:
-        """Print the resolved configuration, the parameters, the data that was found, and where the run stands."""
+    def describe(self, *, whole: bool = False) -> None:
+        """Print what differs from a preset, or with `whole` all of the configuration; the parameters, the data that was
+        found, where the run stands, and what should be known of it."""
         config, state = self.config, self.state
-        self._say(to_yaml(config).rstrip())
+        self._say(to_yaml(config).rstrip() if whole else changes(self.command, config))
         self._say(f"network: {_counted(self.task.model)}")
         if self.task.critic is not None:
             self._say(f"critic: {_counted(self.task.critic)}")
@@ -87,16 +102,28 @@ class Session:
         self._say(f"device: {state.device}, {state.num_processes} process(es); {torch.get_num_threads()} CPU threads")
         stands = "new"
         if self.resuming:
-            stands = f"goes on at {read_checkpoint(self.checkpoint)['images']} of {config.run.images} images"
+            stands = (
+                f"goes on at {read_checkpoint(self.checkpoint, mapped=True)['images']} of {config.run.images} images"
+            )
         self._say(f"run: {config.run.output} ({stands})")
+        for text in warnings(self.command, self.task.model, self.training):
+            self._say(f"note: {text}")
 
     def train(self) -> bool:
         """Train to the end, or until it is asked to stop; returns whether it came to the end."""
         config = self.config
         provenance = {"data": f"{len(self.training)} pictures", "device": _device_name(self.state.device)}
         folder = RunFolder(
-            config.run.output, self.command, config, main=self.state.is_main_process, provenance=provenance
-        )
+            config.run.output, self.command, config, main=self.state.is_main_process, provenance=provenance,
+            held_out=self.held_out,
+        )  # fmt: skip
+        try:
+            return self._trained(folder)
+        finally:
+            folder.close()
+
+    def _trained(self, folder: RunFolder) -> bool:
+        config = self.config
         validation = Validation(config.validation, self.validation, self.task.size_multiple, folder.show, folder.say)
         self.task.take_validation(validation.pictures)
         dataset = self.task.dataset(self.training, self.validation) or pairs_of(config, self.training)
@@ -105,7 +132,7 @@ class Session:
             self.task.look(*(torch.stack([crop[key] for crop in crops]) for key in ("degraded", "clean")))
         trainer = Trainer(
             self.task, dataset, config.data, config.optimizer, config.run, folder,
-            lambda images: validation(self.task, images), config.validation.every,
+            lambda images, cut_short: validation(self.task, images, cut_short), config.validation.every,
         )  # fmt: skip
         trainer.train()
         finished = trainer.images >= config.run.images

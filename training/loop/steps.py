@@ -19,6 +19,10 @@ from training.loop.optimizers import Learner, learning_rate
 from training.trainers.task import Task
 
 
+_MOST_SKIPPED = 50
+"""Steps in a row that fp16 may skip: its scale falls by half each time, from 65,536 to nothing within a third of that."""
+
+
 class TrainingStoppedError(RuntimeError):
     """The training cannot go on; the message says at which step, and what to look at.
 
@@ -160,14 +164,22 @@ class Steps:
         scaler, norms = self.accelerator.scaler, []
         for learner in self._learners():
             norm = learner.step(scaler)
-            if not math.isfinite(norm) and self.run_config.precision != "fp16":  # fp16's loss scaling skips such steps
-                self._stop(images, f"the {self._name(learner)}gradient's norm is {norm}", micro_batches)
+            self._check_norm(learner, norm, images, micro_batches)
             norms.append(norm)
         if scaler is not None:
             scaler.update()
         if self.average is not None and math.isfinite(norms[0]):
             self.average.update(self.task.model)
         return norms
+
+    def _check_norm(
+        self, learner: Learner, norm: float, images: int, micro_batches: list[dict[str, Any]]
+    ) -> None:  # fmt: skip
+        """fp16's loss scaling skips a step with infinite gradients now and then, and then scales less; not for ever."""
+        learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
+        if learner.skipped > (_MOST_SKIPPED if self.run_config.precision == "fp16" else 0):
+            again = f", for the {learner.skipped}th time in a row," if learner.skipped > 1 else ""
+            self._stop(images, f"the {self._name(learner)}gradient's norm is {norm}{again}", micro_batches)
 
     def _name(self, learner: Learner) -> str:
         return "critic's " if learner is self.critic else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +18,8 @@ from restoration.devices import accelerator_available
 from training.configs.common import DataConfig, OptimizerConfig, RunConfig
 from training.data.pairs import IndexSampler, PairDataset, make_loader
 from training.loop.checkpoint import CheckpointError, read_checkpoint
-from training.loop.run_folder import RunFolder, RunFolderError
+from training.loop.run_folder import RunFolder
+from training.loop.same_run import RunFolderError
 from training.loop.steps import Steps, TrainingStoppedError
 from training.trainers.task import Task
 
@@ -25,11 +29,27 @@ _COMPILER = ("torch._dynamo", "torch._inductor")
 """Where the errors of torch.compile come from."""
 
 
+def _signals() -> list[int]:
+    """Those that ask to stop: of a terminal that is closed as well, but where somebody (nohup) has that ignored."""
+    hangup = getattr(signal, "SIGHUP", None)
+    closes = [hangup] if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN else []
+    breaks = [signal.SIGBREAK] if sys.platform == "win32" else []
+    return [signal.SIGTERM, signal.SIGINT, *closes, *breaks]
+
+
 class _Waited(NamedTuple):
     """What a process trains on in one step, and how long it waited for it, seconds."""
 
     micro_batches: list[dict[str, Any]]
     seconds: float
+
+
+class Validate(Protocol):
+    """Measures a task."""
+
+    def __call__(self, images: int, cut_short: Callable[[], bool]) -> dict[str, float] | None:
+        """What was measured after so many images; None where `cut_short`, which is asked now and then, said so."""
+        ...
 
 
 class Trainer:
@@ -42,7 +62,7 @@ class Trainer:
         optimizer: Optimiser settings.
         run: Length, batch, precision, checkpoints.
         folder: Where everything is written.
-        validate: Called with the averaged weights in place and the images seen; returns what was measured.
+        validate: Called with the averaged weights in place; see `Validate`.
         validate_every: Images between two calls of it.
 
     Raises:
@@ -51,7 +71,7 @@ class Trainer:
 
     def __init__(
         self, task: Task, dataset: PairDataset, data: DataConfig, optimizer: OptimizerConfig, run: RunConfig,
-        folder: RunFolder, validate: Callable[[int], dict[str, float]], validate_every: int,
+        folder: RunFolder, validate: Validate, validate_every: int,
     ) -> None:  # fmt: skip
         self.task, self.dataset, self.data, self.optimizer_config, self.run_config = task, dataset, data, optimizer, run
         self.folder, self.validate, self.validate_every = folder, validate, validate_every
@@ -77,7 +97,7 @@ class Trainer:
             ValueError: The optimiser is not installed, or an option is not for this training.
         """
         self._prepare()
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in _signals()}
         try:
             self._loop()
             self.folder.close()
@@ -100,11 +120,13 @@ class Trainer:
         if self.stop_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_asked = True
-        self.folder.say("stopping after this step; Ctrl-C again stops at once, without saving")
+        with contextlib.suppress(RuntimeError):  # where it comes amid another line
+            self.folder.say("stopping after this step; Ctrl-C again stops at once, without saving")
 
     def _prepare(self) -> None:
         path = self.folder.checkpoint
         state = read_checkpoint(path) if path.exists() else None
+        self._check_agreement(int(state["images"]) if state is not None else 0)
         if state is not None:
             self.images = int(state["images"])
             self.measured_at = int(state.get("measured_at", self.images))
@@ -112,6 +134,20 @@ class Trainer:
         self.folder.begin(self.images)
         if state is not None:
             self.folder.say(f"going on from {path} at {self.images} images")
+
+    def _check_agreement(self, images: int) -> None:
+        """Processes on machines without a common folder would wait for each other, or train on other pictures."""
+        if self.accelerator.num_processes == 1:
+            return
+        names = "\n".join(path.name for path in self.dataset.paths)
+        said = torch.tensor([[images, zlib.crc32(names.encode("utf-8", "surrogateescape"))]])
+        heard: Any = self.accelerator.gather(said.to(self.accelerator.device))
+        if (heard != heard[0]).any():
+            raise ValueError(
+                f"the processes do not agree: they have seen {sorted(set(heard[:, 0].tolist()))} images, "
+                f"{'of the same' if len(set(heard[:, 1].tolist())) == 1 else 'and find different'} pictures. Give "
+                "--run.output and --data.train folders that all machines see."
+            )
 
     def _loop(self) -> None:
         run = self.run_config
@@ -201,11 +237,20 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _measure_on_main(self) -> None:
+        """Measure and export; a validation that was cut short is made up for when the run goes on."""
         self._on_main(self._measure)
-        self.measured_at = self.images
+        if not self._cut_short():
+            self.measured_at = self.images
+
+    def _cut_short(self) -> bool:
+        """Whether a validation need not go on: the first process decides, but where all of them take part in it."""
+        return self.stop_asked and not self.steps.model.spread
 
     def _measure(self) -> None:
-        figures = self.validate(self.images)
+        figures = self.validate(self.images, self._cut_short)
+        if figures is None:
+            self._export()
+            return
         self.folder.log(self.images, {f"validation/{key}": value for key, value in figures.items()})
         self.folder.export(self.task, self.images, figures, self.run_config)
 

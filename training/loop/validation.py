@@ -1,14 +1,14 @@
-"""Validation on fixed crops at fixed qualities, and the before/after grid."""
+"""Validation on fixed crops at fixed qualities."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from restoration import metrics
@@ -17,18 +17,32 @@ from restoration.lpips import load_lpips_squeeze
 from training.configs.common import ValidationConfig
 from training.data.pictures import DECODE_ERRORS, load_image
 from training.degradation import encode
+from training.loop.grid import make_grid
 from training.trainers.task import Task
 
 HELD_OUT_EVERY = 25
 LOWER_IS_BETTER = ("lpips", "quality_error", "alignment")
 """Measures of which less is better."""
+_SECONDS = 30.0
+"""Between two lines that say how far a long validation is."""
 
 
-def split_pictures(paths: Sequence[Path], wanted: int) -> tuple[list[Path], list[Path]]:
+def split_pictures(
+    paths: Sequence[Path], wanted: int, before: Sequence[Path] = ()
+) -> tuple[list[Path], list[Path]]:  # fmt: skip
     """Training and validation pictures where no validation folder is given: every 25th of the sorted list is set aside.
 
     Of fewer than 25 pictures all are trained on, and the first serves for validation as well.
+
+    Args:
+        paths: Of all pictures.
+        wanted: Pictures to set aside.
+        before: Those that were set aside when the run began: it stays with them, where they still are there, whatever
+            is wanted now.
     """
+    aside = set(before)
+    if stays := [path for path in paths if path in aside]:
+        return [path for path in paths if path not in aside], stays[:wanted]
     held_out = list(paths[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])[:wanted]
     if not held_out:
         return list(paths), list(paths[:1])
@@ -42,8 +56,8 @@ class Validation:
         config: Which qualities, how many pictures, how large.
         paths: The validation pictures; those that cannot be decoded are named and left out.
         size_multiple: Sides of the crops are multiples of this, as the network needs.
-        show: Takes the images seen and the grid (3, H, W).
-        say: Prints the table.
+        show: Takes the images seen and the before/after grid (3, H, W).
+        say: Prints lines.
     """
 
     def __init__(
@@ -71,37 +85,52 @@ class Validation:
             raise ValueError(f"none of the {len(paths)} validation pictures can be decoded, e.g. {paths[0]}")
         return pictures
 
-    def __call__(self, task: Task, images: int) -> dict[str, float]:
+    def __call__(
+        self, task: Task, images: int, cut_short: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """The mean of each measure at each quality, as `psnr/qf10`, the JPEG's own as `jpeg_psnr/qf10`.
 
-        What `task.measure` adds is there under its own names, e.g. as `quality_error/qf10`.
+        What `task.measure` adds is there under its own names, e.g. as `quality_error/qf10`; of what restores nothing,
+        that alone. None where `cut_short`, which is asked before each picture, said so.
         """
         device = next(task.model.parameters()).device
         if self.lpips is not None:
             self.lpips.to(device)
+        qualities, pictures = self.config.qualities, self.pictures
+        shown_quality = qualities[min(1, len(qualities) - 1)]
         figures: dict[str, float] = {}
-        rows: list[Tensor] = []
-        shown_quality = self.config.qualities[min(1, len(self.config.qualities) - 1)]
-        for quality in self.config.qualities:
-            for number, picture in enumerate(self.pictures):
-                clean = _tensor(picture).to(device)
-                jpeg, pixels = read_jpeg_and_pixels(encode(picture, quality), name=f"picture {number + 1}")
-                degraded = pixels[None].to(device)
-                restored = task.restore_file(degraded, jpeg, seed=number)
-                measured = {
-                    **self._measured(restored, clean, ""),
-                    **self._measured(degraded, clean, "jpeg_"),
-                    **task.measure(degraded, torch.tensor([float(quality)], device=device)),
-                }
-                for key, value in measured.items():
-                    figures[f"{key}/qf{quality}"] = figures.get(f"{key}/qf{quality}", 0.0) + value / len(self.pictures)
-                if quality == shown_quality and number < self.config.shown:
-                    rows.append(torch.cat([degraded, restored, clean], dim=-1))
-        widest = max(row.shape[-1] for row in rows)
-        grid = torch.cat([F.pad(row, (0, widest - row.shape[-1])) for row in rows], dim=-2)
-        self.show(images, grid[0])
-        self.say(_table(figures, images, self.config.qualities))
+        rows: list[list[Tensor]] = []
+        told = time.monotonic()
+        for place, (quality, number) in enumerate((q, n) for q in qualities for n in range(len(pictures))):
+            if cut_short():
+                return None
+            if time.monotonic() - told > _SECONDS:
+                told = time.monotonic()
+                self.say(f"validation at {images} images: {place} of {len(qualities) * len(pictures)} pictures")
+            seen, measured = self._one(task, quality, number, device)
+            for key, value in measured.items():
+                figures[f"{key}/qf{quality}"] = figures.get(f"{key}/qf{quality}", 0.0) + value / len(pictures)
+            if quality == shown_quality and number < self.config.shown:
+                rows.append(seen)
+        titles = [f"JPEG, quality {shown_quality}", *(["restored"] if task.restores else []), "original"]
+        self.show(images, make_grid(rows, titles))
+        self.say(_table(figures, images, qualities))
         return figures
+
+    def _one(
+        self, task: Task, quality: int, number: int, device: torch.device
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """What is shown of a picture at a quality, side by side, and what is measured."""
+        picture = self.pictures[number]
+        clean = _tensor(picture).to(device)
+        jpeg, pixels = read_jpeg_and_pixels(encode(picture, quality), name=f"picture {number + 1}")
+        degraded = pixels[None].to(device)
+        measured = task.measure(degraded, torch.tensor([float(quality)], device=device))
+        if not task.restores:
+            return [degraded[0], clean[0]], measured
+        restored = task.restore_file(degraded, jpeg, seed=number)
+        measured = {**self._measured(restored, clean, ""), **self._measured(degraded, clean, "jpeg_"), **measured}
+        return [degraded[0], restored[0], clean[0]], measured
 
     def _measured(self, image: Tensor, clean: Tensor, prefix: str) -> dict[str, float]:
         measured = {
@@ -132,7 +161,11 @@ def is_better(
     if wanted is not None and wanted not in names:
         raise ValueError(f"validation.best: expected one of {', '.join(sorted(names))}, got {wanted!r}.")
     measure = wanted or next((name for name in judged_by if name in names), "psnr")
-    now, then = _mean(figures, measure), _mean(before or {}, measure)
+    before = before or {}
+    common = [key for key in figures.keys() & before.keys() if key.split("/")[0] == measure]
+    if common:  # where other qualities are asked for now, those that both have
+        figures, before = ({key: group[key] for key in common} for group in (figures, before))
+    now, then = _mean(figures, measure), _mean(before, measure)
     if math.isnan(now) or math.isnan(then):
         return not math.isnan(now)
     return now < then if measure in LOWER_IS_BETTER else now > then
@@ -146,7 +179,8 @@ def _mean(figures: dict[str, float], measure: str) -> float:
 def _table(figures: dict[str, float], images: int, qualities: Sequence[int]) -> str:
     """One row a quality; measures that the JPEG has as well are shown as before -> after."""
     names = list(dict.fromkeys(key.split("/")[0] for key in figures))
-    lines = [f"validation at {images} images (JPEG -> restored)"]
+    arrow = " (JPEG -> restored)" if "jpeg_psnr" in names else ""
+    lines = [f"validation at {images} images{arrow}"]
     for quality in qualities:
         cells = []
         for name in (name for name in names if not name.startswith("jpeg_")):

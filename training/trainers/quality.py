@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from restoration.networks.timestep_predictor import TimestepPredictor
 from restoration.restorer_file import RestorerMetadata
 from training.configs.quality import QualityConfig
-from training.trainers.task import TaskDefaults, load_whole
+from training.trainers.task import COPY_IT, TaskDefaults, load_whole
 
 _PART = "timestep."
 
@@ -21,8 +21,9 @@ _PART = "timestep."
 class QualityTask(TaskDefaults):
     """The absolute error of the quality, 0 to 100."""
 
-    what_next = "copy it into ComfyUI/models/jpeg_restorers, or give it to SODiff's second stage"
+    what_next = f"{COPY_IT}, or give it to SODiff's second stage"
     judged_by = ("quality_error",)
+    restores = False
 
     def __init__(self, config: QualityConfig) -> None:
         self.config = config

@@ -65,6 +65,11 @@ class Task(Protocol):
         """Measures of the validation, the first of which that is measured tells the best weights."""
         ...
 
+    @property
+    def restores(self) -> bool:
+        """Whether `restore` changes pictures at all; else only `measure` tells how well it is trained."""
+        ...
+
     def frozen_blocks(self) -> list[nn.Module]:
         """Modules of the model and the critic that hold the frozen weights of a base model, each called as a module."""
         ...
@@ -118,14 +123,19 @@ class Task(Protocol):
         ...
 
 
+COPY_IT = "copy it into ComfyUI/models/jpeg_restorers (this pack makes that folder when ComfyUI starts)"
+"""What is done with a restorer file."""
+
+
 class TaskDefaults:
     """A task without a critic, without frozen weights to store and without figures of its own."""
 
-    what_next: str = "copy it into ComfyUI/models/jpeg_restorers"
+    what_next: str = COPY_IT
     stores_frozen: bool = False
     critic: nn.Module | None = None
     critic_optimizer: OptimizerConfig = OptimizerConfig()
     judged_by: tuple[str, ...] = ("psnr",)
+    restores: bool = True
 
     @property
     def noted(self) -> dict[str, Tensor]:

@@ -136,6 +136,51 @@ def test_given_files_are_measured_with_and_wrong_ones_refused(pair, no_pyiqa, tm
         find_metrics(MetricFiles(inception=tmp_path / "absent.pth"), CPU)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("page.npz", b"<!doctype html><html>404</html>", "it is a web page"),
+        ("page.pth", b"\n<html>404</html>", "it is a web page"),
+        ("empty.npz", b"", "it is empty"),
+        ("empty.pth", b"", "it is empty"),
+        ("text.npz", b"Not Found", "it holds something else"),
+        ("text.pth", b"Not Found", "it holds something else"),
+        ("objects.npz", {"mu_pris_param": np.array([object()])}, "it holds something else"),
+        ("words.npz", {"mu_pris_param": np.array(["word"])}, "can't convert"),
+    ],
+)
+@pytest.mark.parametrize("field", ["lpips", "niqe", "inception"])
+def test_files_that_hold_no_weights_are_named_and_not_to_be_trusted(field, name, content, said, tmp_path, no_pyiqa):
+    """The advice of numpy and torch to load pickled objects all the same is not passed on: they may run any code."""
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.savez(tmp_path / name, **content)
+    with pytest.raises(
+        ValueError, match=rf"{name}: not a whole file of tensors \({said}.*\. Download it again"
+    ) as caught:
+        find_metrics(MetricFiles(**{field: tmp_path / name}), CPU)
+    words = str(caught.value)
+    assert "\n" not in words and not any(word in words.lower() for word in ("trust", "unsafe", "allow_pickle"))
+
+
+def test_weights_of_something_else_are_told_with_the_file_to_give(tmp_path, no_pyiqa):
+    torch.save({"lin0.model.1.weight": torch.ones(1, 64, 1, 1)}, tmp_path / "alex.pth")
+    words = r"alex\.pth does not hold the weights of LPIPS with SqueezeNet 1\.1\. Give lpips_squeeze_f32\.npz: "
+    with pytest.raises(ValueError, match=words) as caught:
+        find_metrics(MetricFiles(lpips=tmp_path / "alex.pth"), CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_blockiness_is_named_as_what_it_is_beside_driftrecs_table(pair):
+    """torchjpeg, with which DriftRec measured, sums over the channels: of RGB three times our mean."""
+    bef = by_name(find_metrics(MetricFiles(), CPU, wanted=["bef"]))["bef"]
+    assert "mean of the RGB channels" in bef.variant and "sum of the channels, times 1e4" in bef.variant
+    picture = pair[1].astype(np.float64) / 255
+    torchjpegs = sum(blocking(picture[..., channel]) for channel in range(3))
+    assert bef.measure(to_tensor(pair[1]), None) == pytest.approx(torchjpegs / 3 * 255**2, rel=1e-4)
+
+
 def test_a_picture_that_says_nothing_is_left_out_with_a_sentence(pair):
     lpips = shared_path("weights", "lpips_squeeze", "lpips_squeeze_f32.npz")
     niqe = shared_path("weights", "niqe", "niqe_pris_params.npz")

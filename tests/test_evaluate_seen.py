@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -69,6 +71,31 @@ def test_the_quality_starter_tells_qualities_and_untrained_networks_do_not(
               for name, file in files.items()}  # fmt: skip
     assert errors["quality"] < 10 < max(errors.values())
     assert all(abs(row["bias"]) <= row["error"] + 1e-9 for row in rows)
+    lines = list(csv.DictReader(io.StringIO((output / "results.csv").read_text(encoding="utf-8"))))
+    assert len(lines) == 5 * 2 * 2 and {line["picture"] for line in lines} == {"a.png", "b.png"}
+    for row in rows:
+        told = [float(line["told_quality"]) - row["quality"] for line in lines
+                if (line["system"], line["condition"]) == (row["restorer"], str(row["quality"]))]  # fmt: skip
+        assert np.mean(told) == pytest.approx(row["bias"], abs=2e-3)
+
+
+def test_the_quality_alone_shows_and_names_nothing_of_pictures(
+    clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """No empty bar, no metrics that were not asked for; a heading that is no restorer's name; the best in bold."""
+    (clean / "broken.png").write_bytes(b"no picture")
+    restorers = WEIGHTS / "starter-quality.safetensors", write_quality(tmp_path / "quality.safetensors")
+    output = tmp_path / "out"
+    arguments = ["--data", clean, "--restorer", *restorers, "--protocol", "quality", "--qualities", 20, "--output"]
+    assert evaluate(monkeypatch, *arguments, output, "--device", "cpu") == 1
+    shown, page = capsys.readouterr(), (output / "report.html").read_text(encoding="utf-8")
+    assert "Not measured" not in shown.out + page and "0picture" not in shown.err and "What was measured" not in page
+    assert shown.out.count("left out: broken.png") == 1 and page.count("<li>broken.png: ") == 1
+    assert "<tr><th>JPEG quality</th><th>starter-quality</th><th>quality</th></tr>" in page
+    assert page.count("<b>") == 1 and "| JPEG quality |" in shown.out
+    assert "Rings" not in page
+    evaluate(monkeypatch, *arguments, output, "--device", "cpu", "--trained-qualities", 20)
+    assert "Rings are qualities" in (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_prompts_are_laid_out_by_quality(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

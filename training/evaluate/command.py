@@ -8,20 +8,21 @@ import json
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import tyro
 
-from training.evaluate.examples import Example, Examples, choosing_metric
+from training.evaluate.examples import Examples, choosing_metric
 from training.evaluate.metrics import Metrics, find_metrics
 from training.evaluate.options import EvaluateOptions
 from training.evaluate.pictures import Source, find_sources
 from training.evaluate.protocols import ALSO_MEASURED, PICTURE_PROTOCOLS, conditions_of
 from training.evaluate.published import published_rows, to_plain
 from training.evaluate.report.page import to_html
-from training.evaluate.results import MetricFacts, Results, Row
+from training.evaluate.results import MetricFacts, Results
 from training.evaluate.runner import Part, Runner
 from training.evaluate.seeing import seeing
 from training.evaluate.seen_protocols import map_embeddings, measure_quality
@@ -49,7 +50,8 @@ def run(arguments: list[str]) -> int:
     """Evaluate, print the tables and write the report.
 
     Returns:
-        The exit status: 0 when everything was measured, 1 when pictures had to be left out (each is named).
+        The exit status: 0 when everything was measured, 1 when pictures had to be left out (each is named), 130 for
+        Ctrl-C.
 
     Raises:
         ValueError: It cannot be done as asked; one sentence says why.
@@ -59,7 +61,12 @@ def run(arguments: list[str]) -> int:
         EvaluateOptions, prog="python -m training evaluate", description=_DESCRIPTION, args=arguments,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
     )  # fmt: skip
-    results = evaluate(options, f"python -m training evaluate {shlex.join(arguments)}")
+    try:
+        results = evaluate(options, f"python -m training evaluate {shlex.join(arguments)}")
+    except KeyboardInterrupt:
+        keeps = any(protocol in PICTURE_PROTOCOLS for protocol in options.protocol)
+        print(f"training evaluate: stopped{'; repeat the command to go on' if keeps else ''}", file=sys.stderr)
+        return 130
     return 1 if results is not None and results.left_out else 0
 
 
@@ -68,39 +75,45 @@ def evaluate(options: EvaluateOptions, command: str = "") -> Results | None:
 
     Returns:
         What was found; None in all processes of a torchrun but the first.
+
+    Raises:
+        ValueError, FileNotFoundError: As `run`.
     """
+    options.check()
     rank, ranks, local_rank = rank_of(os.environ)
     device = choose_device(options.device, local_rank)
     loading = Loading(RestoreSettings(), device, DTYPES.get(options.dtype), options.base)
     sources = find_sources(options.data, options.degraded, options.limit, options.output)
     restorers = read_restorers(options.restorer)
     parts = _parts(options, restorers, loading)
-    metrics = _metrics(options, device)
+    metrics = _metrics(options, device) if parts else Metrics((), (), ())
     if rank == 0:
-        print(f"{len(sources)} pictures, {len(restorers)} restorers, on {device}", flush=True)
-    runner = _runner(options, sources[rank::ranks], metrics, loading, rank)
+        print(f"{_count(len(sources), 'picture')}, {_count(len(restorers), 'restorer')}, on {device}", flush=True)
+    runner = _runner(options, parts, sources[rank::ranks], metrics, loading, rank)
     runner.run(parts)
     if ranks > 1:
         wait_for_all_ranks()
         if rank:
             return None
-        runner = _runner(options, sources, metrics, loading, rank)
+        runner = _runner(options, parts, sources, metrics, loading, rank)
         runner.run(parts)  # nothing is left to measure
     results = _results(options, command, restorers, sources, metrics, device)
     _add_rows(results, runner, parts, options.subsampling)
     if "quality" in options.protocol:
-        results.quality = measure_quality(options, restorers, sources, device)
+        results.quality, results.told = measure_quality(options, restorers, sources, device, runner.left_out)
     if "embeddings" in options.protocol:
-        results.embeddings = map_embeddings(options, restorers, sources, device)
+        results.embeddings = map_embeddings(options, restorers, sources, device, runner.left_out)
+    results.left_out += runner.left_out.items()
     print(f"\n{to_text(results)}", flush=True)
     _write(options.output, results, parts, runner)
     return results
 
 
 def _runner(
-    options: EvaluateOptions, sources: Sequence[Source], metrics: Metrics, loading: Loading, rank: int
-) -> Runner:
-    chooses = choosing_metric(metrics.single, options.worst_by)
+    options: EvaluateOptions, parts: Sequence[Part], sources: Sequence[Source], metrics: Metrics, loading: Loading,
+    rank: int,
+) -> Runner:  # fmt: skip
+    chooses = choosing_metric(metrics.single, options.worst_by) if parts else None
     store = Store(options.output, metrics, rank)
     examples = Examples(options.output, options.examples, chooses, rank)
     return Runner(sources, options.subsampling, metrics, store, examples, loading)
@@ -113,7 +126,6 @@ def _add_rows(results: Results, runner: Runner, parts: Sequence[Part], subsampli
         results.lines += runner.lines(part)
         published = published_rows(part.protocol, measured, subsampling)
         results.published[part.protocol] = [to_plain(row) for row in published]
-    results.left_out += runner.left_out.items()
 
 
 def _parts(options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], loading: Loading) -> list[Part]:
@@ -164,16 +176,11 @@ def _results(
 
 def _write(folder: Path, results: Results, parts: Sequence[Part], runner: Runner) -> None:
     """All three files, each whole or not at all."""
-    identities = {system.label: runner.identity(system) for part in parts for system in part.systems}
-
-    def examples_of(row: Row) -> list[Example]:
-        return runner.examples.chosen(identities[row.system], row.condition)
-
-    chooses = runner.examples.metric
+    systems = {system.label: system for part in parts for system in part.systems}
     texts = {
         "results.json": json.dumps(results.to_json(), indent=1),
         "results.csv": results.to_csv(),
-        "report.html": to_html(results, examples_of, None if chooses is None else results.metric(chooses.name)),
+        "report.html": to_html(results, lambda row: runner.examples_of(systems[row.system], row.condition)),
     }
     for name, text in texts.items():
         temporary = folder / f"{name}.part"
@@ -186,3 +193,7 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +32,19 @@ class Example:
 
     Args:
         picture: Its name.
-        worst: Whether it is here because the restorer did little good to it; else it is one of the first.
-        gain: By how much it is better than the JPEG, in the metric that chooses; above 0 is better.
+        first: Whether it is one of the first.
+        worst: Whether it is one of those that the restorer did the least good to.
+        metric: The name of the one that chose the worst.
+        gain: By how much it is better than the JPEG, in that metric; above 0 is better.
         before: The JPEG.
         after: Restored.
         clean: The original, where there is one.
     """
 
     picture: str
+    first: bool
     worst: bool
+    metric: str
     gain: float
     before: bytes
     after: bytes
@@ -77,7 +81,7 @@ class Examples:
 
     def consider(self, measurement: Measurement, jpeg: Measurement | None, degraded: Degraded, image: Tensor) -> None:
         """Keep a restored picture (1, 3, H, W) if it is one of the first or of the worst so far."""
-        gain = self._gain(measurement, jpeg)
+        gain = self.gain(measurement, jpeg)
         if gain is None or measurement.key == (jpeg.key if jpeg else None):
             return
         folder = self.folder / _place(measurement.key.system, measurement.key.condition)
@@ -92,20 +96,34 @@ class Examples:
             "before": degraded.pixels, "after": image, **({} if degraded.clean is None else {"clean": degraded.clean}),
         })  # fmt: skip
 
-    def chosen(self, system: str, condition: str) -> list[Example]:
-        """The examples of a system under a condition, the first ones first, then from the worst on."""
+    def chosen(self, system: str, condition: str, gains: Mapping[str, float]) -> list[Example]:
+        """The examples of a system under a condition, the first ones first, then from the worst on.
+
+        Where some of the first are among the worst, too, the next worst fill up the number.
+
+        Args:
+            system: Its identity.
+            condition: Its label.
+            gains: Name -> `gain` of every picture that was measured; others are not shown.
+        """
+        if self.metric is None:
+            return []
         folders = [folder / _place(system, condition) for folder in sorted(self.parent.glob(f"{_NAME}*"))]
-        found = [(folder, name, entry) for folder in folders for name, entry in _index(folder).items()]
+        found = [(folder, name, entry) for folder in folders for name, entry in _index(folder).items()
+                 if entry["picture"] in gains]  # fmt: skip
         first = sorted((item for item in found if not item[2]["worst"]), key=lambda item: item[2]["picture"])
         taken = {entry["picture"] for _, _, entry in first[: self.first]}
-        worst = sorted((item for item in found if item[2]["picture"] not in taken), key=lambda item: item[2]["gain"])
+        least = sorted(gains, key=lambda picture: gains[picture])[: self.worst]
+        worst = sorted((item for item in found if item[2]["picture"] not in taken),
+                       key=lambda item: gains[item[2]["picture"]])  # fmt: skip
         return [
-            Example(entry["picture"], entry["picture"] not in taken, entry["gain"], _bytes(folder, name, "before"),
-                    _bytes(folder, name, "after"), _clean(folder, name))
+            Example(picture := entry["picture"], picture in taken, picture in least, self.metric.name, gains[picture],
+                    _bytes(folder, name, "before"), _bytes(folder, name, "after"), _clean(folder, name))
             for folder, name, entry in (*first[: self.first], *worst[: self.worst])
         ]  # fmt: skip
 
-    def _gain(self, measurement: Measurement, jpeg: Measurement | None) -> float | None:
+    def gain(self, measurement: Measurement, jpeg: Measurement | None) -> float | None:
+        """By how much a picture is better than the JPEG, in the metric that chooses; None where nobody knows."""
         if self.metric is None or jpeg is None:
             return None
         values = [found.values.get(self.metric.name) for found in (measurement, jpeg)]

@@ -35,6 +35,28 @@ LABELS = {
     "kid": "KID",
 }
 """Every metric there is, in the order of tables -> its heading."""
+_NETWORKS_EYE = "difference from the original as a network sees it, which is closer to what people see"
+_WITHOUT_ORIGINAL = "how good a network that learned people's judgement finds the picture, without the original"
+MEANINGS = {
+    "psnr": "closeness to the original, pixel by pixel; smooth results do well",
+    "psnr_y": "PSNR of the brightness alone",
+    "ssim": "closeness of local structure to the original's, 1 is equal",
+    "ssim_9": "SSIM with a larger window",
+    "ssim_gauss": "SSIM whose window fades to its edges",
+    "psnr_b": "PSNR that counts visible blocks as well",
+    "psnr_b_luma": "PSNR that counts the blocks of the brightness as well",
+    "bef": "how visible the 8x8 blocks are, 0 is none; needs no original",
+    "lpips_squeeze": _NETWORKS_EYE,
+    "lpips_alex": _NETWORKS_EYE,
+    "dists": "difference from the original in structure and texture as a network sees it; texture may be displaced",
+    "niqe": "naturalness without knowing the original: distance from what good photographs look like",
+    "musiq": _WITHOUT_ORIGINAL,
+    "maniqa": _WITHOUT_ORIGINAL,
+    "clipiqa": "whether a network of pictures and words finds the picture good rather than bad, without the original",
+    "fid": "distance of all results together from all originals: whether they look like such pictures",
+    "kid": "as FID, but fair to small sets of pictures",
+}
+"""Metric -> what it tells, in a clause."""
 ON_REQUEST = ("ssim_9", "ssim_gauss", "psnr_b_luma")
 """Measured only where they are named: SSIM with DriftRec's window, SSIM and PSNR-B as in FBCNN's tables."""
 _Weights = Annotated[Path | None, unsaid(metavar="FILE")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -97,7 +98,12 @@ class EvaluateOptions:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ValueError: Options contradict each other, or a number is out of range.
+        """
         if self.data is None and self.degraded is None:
             raise ValueError("expected --data FOLDER with clean pictures, or --degraded FOLDER, got neither.")
         if not self.protocol:
@@ -107,9 +113,8 @@ class EvaluateOptions:
                 f"--degraded: its pictures are measured as they are, so only the protocol single fits, got "
                 f"{', '.join(self.protocol)}. Leave --protocol out, or give clean pictures with --data."
             )
-        wrong = [quality for quality in (*self.qualities, *self.trained_qualities) if not 1 <= quality <= 100]
-        if wrong:
-            raise ValueError(f"expected JPEG qualities from 1 to 100, got {', '.join(map(str, wrong))}.")
+        _check_qualities("--qualities", self.qualities)
+        _check_qualities("--trained-qualities", self.trained_qualities)
         for name, least in {"limit": 0, "examples": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"expected --{name} of at least {least}, got {getattr(self, name)}.")
@@ -117,3 +122,9 @@ class EvaluateOptions:
     def qualities_of(self, protocol: str) -> tuple[int, ...]:
         """The JPEG qualities that a protocol goes through, each once, in their order."""
         return tuple(dict.fromkeys(self.qualities or DEFAULT_QUALITIES[protocol]))
+
+
+def _check_qualities(option: str, qualities: Sequence[int]) -> None:
+    wrong = [quality for quality in qualities if not 1 <= quality <= 100]
+    if wrong:
+        raise ValueError(f"{option}: expected JPEG qualities from 1 to 100, got {', '.join(map(str, wrong))}.")

@@ -59,6 +59,11 @@ class MetricFacts:
     better: str
     digits: int
 
+    @property
+    def unit(self) -> str:
+        """What follows its figures in sentences."""
+        return " dB" if self.name.startswith("psnr") else ""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -66,8 +71,19 @@ class Line:
 
     protocol: str
     condition: str
+    quality: int | None
     system: str
     measurement: Measurement
+
+
+@dataclass(frozen=True)
+class Told:
+    """The quality that a restorer tells of one picture's JPEG, for the CSV."""
+
+    restorer: str
+    picture: str
+    quality: int
+    told: float
 
 
 @dataclass
@@ -81,6 +97,7 @@ class Results:
         missing: What was not, and why.
         rows: Means.
         lines: Pictures.
+        told: Pictures of the protocol `quality`.
         left_out: Pictures that could not be read, and why.
         quality: Rows of the protocol `quality`, see `seeing.py`.
         embeddings: Points of the protocol `embeddings`, see `seeing.py`.
@@ -93,6 +110,7 @@ class Results:
     missing: list[MissingMetric]
     rows: list[Row] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     quality: list[dict[str, Any]] = field(default_factory=list)
     embeddings: list[dict[str, Any]] = field(default_factory=list)
@@ -123,19 +141,24 @@ class Results:
         }
 
     def to_csv(self) -> str:
-        """A line for each picture under each condition and restorer."""
+        """A line for each picture under each condition and restorer; the protocol `quality` brings two more columns."""
         names = [metric.name for metric in self.metrics if any(metric.name in line.measurement.values
                                                                for line in self.lines)]  # fmt: skip
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["protocol", "condition", "system", "picture", *names, "seconds", "bits_per_pixel"])
+        more = ["quality", "told_quality"] if self.told else []
+        writer.writerow(["protocol", "condition", "system", "picture", *names, "seconds", "bits_per_pixel", *more])
         for line in self.lines:
             values = line.measurement.values
             writer.writerow([
                 line.protocol, line.condition, line.system, line.measurement.key.picture,
                 *("" if values.get(name) is None else values[name] for name in names),
                 round(line.measurement.seconds, 4), line.measurement.bits_per_pixel,
+                *((line.quality, "") if more else ()),
             ])  # fmt: skip
+        for told in self.told:
+            row = ["quality", str(told.quality), told.restorer, told.picture, *([""] * (len(names) + 2))]
+            writer.writerow([*row, told.quality, round(told.told, 3)])
         return text.getvalue()
 
 

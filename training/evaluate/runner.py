@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.evaluate.examples import Examples
+from training.evaluate.examples import Example, Examples
 from training.evaluate.metrics import Metric, Metrics, NotMeasuredError
 from training.evaluate.pictures import Condition, Degraded, Source, compressed, fingerprint, read_clean, read_degraded
 from training.evaluate.results import Line, Row, mean_or_none, means_of
@@ -63,6 +63,8 @@ class Runner:
             for system in part.systems:
                 wanted[self.identity(system)].update(dict.fromkeys(part.conditions))
         total = sum(map(len, wanted.values())) * len(self.sources)
+        if not total:
+            return
         with tqdm(total=total, unit="picture", dynamic_ncols=True) as progress:
             for identity in sorted(systems, key=lambda name: name != JPEG):
                 self._measure_system(systems[identity], list(wanted[identity]), progress)
@@ -75,9 +77,18 @@ class Runner:
     def lines(self, part: Part) -> list[Line]:
         """The pictures of a protocol."""
         return [
-            Line(part.protocol, condition.label, system.label, measurement)
+            Line(part.protocol, condition.label, condition.quality, system.label, measurement)
             for condition in part.conditions for system in part.systems for measurement in self._of(system, condition)
         ]  # fmt: skip
+
+    def examples_of(self, system: System, condition: str) -> list[Example]:
+        """The pictures that the report shows of a system."""
+        identity = self.identity(system)
+        jpegs = {found.key.picture: found for found in self._found.get((JPEG, condition), [])}
+        gains = {found.key.picture: self.examples.gain(found, jpegs.get(found.key.picture))
+                 for found in self._found.get((identity, condition), [])}  # fmt: skip
+        known = {picture: gain for picture, gain in gains.items() if gain is not None}
+        return self.examples.chosen(identity, condition, {} if system.restorer is None else known)
 
     def identity(self, system: System) -> str:
         """The name of a system in the store."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from training.evaluate.options import EvaluateOptions
 from training.evaluate.pictures import Condition, Source, compressed, read_clean
+from training.evaluate.results import Told
 from training.evaluate.seeing import See, Seen, load_seeing, seeing
 from training.evaluate.systems import RestorerOnDisk
 
@@ -30,43 +31,50 @@ class Look:
 
 
 def measure_quality(
-    options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], sources: Sequence[Source], device: torch.device
-) -> list[dict[str, Any]]:
+    options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], sources: Sequence[Source], device: torch.device,
+    left_out: dict[str, str],
+) -> tuple[list[dict[str, Any]], list[Told]]:  # fmt: skip
     """For each restorer and quality: mean absolute error, mean error, and whether it was trained on (CODiff, Fig. 7).
+
+    Returns:
+        These rows, and what was told of each picture. Pictures that cannot be read are added to `left_out`.
 
     Raises:
         ValueError: No restorer tells qualities.
     """
-    rows = []
+    rows, lines = [], []
     qualities, trained = options.qualities_of("quality"), set(options.trained_qualities)
     for restorer in seeing("quality", restorers):
-        looks = _looks(load_seeing(restorer, device), sources, qualities, options.subsampling, restorer.label)
+        looks = _looks(load_seeing(restorer, device), sources, options, "quality", restorer.label, left_out)
+        told = [Told(restorer.label, sources[look.picture].name, look.quality, look.seen.quality)
+                for look in looks if look.seen.quality is not None]  # fmt: skip
+        lines += told
         for quality in qualities:
-            found = [look.seen.quality for look in looks if look.quality == quality]
-            errors = np.array([value - quality for value in found if value is not None])
+            errors = np.array([line.told - quality for line in told if line.quality == quality])
             rows.append({
                 "restorer": restorer.label, "quality": quality, "trained": quality in trained if trained else None,
                 "error": float(np.abs(errors).mean()), "bias": float(errors.mean()), "pictures": len(errors),
             })  # fmt: skip
-    return rows
+    return rows, lines
 
 
 def map_embeddings(
-    options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], sources: Sequence[Source], device: torch.device
-) -> list[dict[str, Any]]:
+    options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], sources: Sequence[Source], device: torch.device,
+    left_out: dict[str, str],
+) -> list[dict[str, Any]]:  # fmt: skip
     """For each restorer a map of its prompts in two dimensions (t-SNE), and a figure that needs no map.
 
     The figure: how many of the 5 nearest prompts of other pictures, by cosine, are of the same quality; chance is one
-    over the number of qualities (CODiff, Fig. 4; SODiff, Fig. 3).
+    over the number of qualities (CODiff, Fig. 4; SODiff, Fig. 3). Pictures that cannot be read are
+    added to `left_out`.
 
     Raises:
         ValueError: No restorer makes prompts, or the package for the map is not installed.
     """
     maps = []
-    qualities = options.qualities_of("embeddings")
     _require_sklearn()
     for restorer in seeing("embeddings", restorers):
-        looks = _looks(load_seeing(restorer, device), sources, qualities, options.subsampling, restorer.label)
+        looks = _looks(load_seeing(restorer, device), sources, options, "embeddings", restorer.label, left_out)
         vectors = torch.stack([look.seen.embedding for look in looks if look.seen.embedding is not None]).numpy()
         if len(vectors) < _FEWEST_FOR_A_MAP:
             raise ValueError(
@@ -76,7 +84,7 @@ def map_embeddings(
         points = _flat_map(vectors, options.settings.seed)
         maps.append({
             "restorer": restorer.label, "same_quality": same_quality_share(looks, vectors),
-            "chance": 1 / len(qualities),
+            "chance": 1 / len(options.qualities_of("embeddings")),
             "points": [
                 {"x": float(x), "y": float(y), "quality": look.quality, "picture": sources[look.picture].name}
                 for (x, y), look in zip(points, looks, strict=True)
@@ -104,17 +112,21 @@ def same_quality_share(looks: Sequence[Look], vectors: np.ndarray) -> float:
     return float((qualities[nearest] == qualities[:, None]).mean())
 
 
-def _looks(see: See, sources: Sequence[Source], qualities: Sequence[int], subsampling: str, label: str) -> list[Look]:
+def _looks(
+    see: See, sources: Sequence[Source], options: EvaluateOptions, protocol: str, label: str, left_out: dict[str, str]
+) -> list[Look]:
     looks = []
     for number, source in enumerate(tqdm(sources, unit="picture", desc=label, dynamic_ncols=True)):
         assert source.clean is not None
         try:
             clean = read_clean(source.clean)
         except (ValueError, OSError) as error:
-            tqdm.write(f"left out: {source.name}: {error}")
+            if source.name not in left_out:
+                tqdm.write(f"left out: {source.name}: {error}")
+            left_out.setdefault(source.name, str(error))
             continue
-        for quality in qualities:
-            degraded = compressed(clean, Condition(str(quality), quality), subsampling, source.name)
+        for quality in options.qualities_of(protocol):
+            degraded = compressed(clean, Condition(str(quality), quality), options.subsampling, source.name)
             with torch.inference_mode():
                 looks.append(Look(number, quality, see(degraded.pixels)))
     if not looks:

@@ -21,6 +21,7 @@ from restoration.networks.ncsnpp import NCSNpp
 from restoration.restorer_file import RestorerMetadata, read_metadata, read_restorer
 from training.evaluate.options import SystemSettings
 from training.evaluate.pictures import Degraded
+from training.given_files import check_given
 from training.restore.families import Loading, check_family, load_restorer, settings_of
 from training.restore.picture import RestorePicture
 from training.restore.settings import RestoreSettings
@@ -84,6 +85,8 @@ def read_restorers(paths: Sequence[Path]) -> list[RestorerOnDisk]:
         RestorerFileError: A file is none.
         OSError: A file cannot be read.
     """
+    for path in paths:
+        check_given(path, "--restorer")
     stems = [path.stem for path in paths]
     labels = [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths]
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from training.evaluate.protocols import PICTURE_PROTOCOLS
 from training.evaluate.results import MetricFacts, Results, Row
@@ -56,6 +57,25 @@ def best_of(rows: Sequence[Row], metric: MetricFacts) -> float | None:
     return max(values) if metric.better == "higher" else min(values)
 
 
+def condition_head(rows: Sequence[Row]) -> str:
+    """The heading over conditions of one protocol."""
+    return "JPEG quality" if all(row.condition == str(row.quality) for row in rows) else "condition"
+
+
+def by_quality(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of the protocol `quality`: the quality as it is named in tables -> restorer -> its row."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in results.quality:
+        name = f"{row['quality']}{' (unseen)' if row['trained'] is False else ''}"
+        found.setdefault(name, {})[row["restorer"]] = row
+    return found
+
+
+def error_cell(row: dict[str, Any]) -> str:
+    """The mean absolute error of a quality that is told, in brackets the mean error."""
+    return f"{row['error']:.1f} ({row['bias']:+.1f})"
+
+
 def arrow(metric: MetricFacts) -> str:
     """Which way is better."""
     return "↑" if metric.better == "higher" else "↓"
@@ -65,7 +85,7 @@ def _table(results: Results, protocol: str) -> str:
     rows = [row for row in results.rows if row.protocol == protocol]
     metrics = columns_of(results, protocol)
     with_evaluations = any((row.evaluations or 0) > 1 for row in rows)
-    head = ["condition", "restorer", *(f"{metric.label} {arrow(metric)}" for metric in metrics), "s a picture"]
+    head = [condition_head(rows), "restorer", *(f"{metric.label} {arrow(metric)}" for metric in metrics), "s/picture"]
     head += ["evaluations"] if with_evaluations else []
     body = []
     for row in rows:
@@ -77,15 +97,9 @@ def _table(results: Results, protocol: str) -> str:
 
 def _quality_table(results: Results) -> str:
     names = list(dict.fromkeys(row["restorer"] for row in results.quality))
-    by_quality: dict[int, dict[str, dict]] = {}
-    for row in results.quality:
-        by_quality.setdefault(row["quality"], {})[row["restorer"]] = row
-    body = []
-    for quality, rows in by_quality.items():
-        unseen = " (unseen)" if next(iter(rows.values()))["trained"] is False else ""
-        cells = [f"{rows[name]['error']:.1f} ({rows[name]['bias']:+.1f})" if name in rows else "-" for name in names]
-        body.append([f"{quality}{unseen}", *cells])
-    return "\n".join(["Error of the quality that is told, in brackets its mean", *aligned(["QF", *names], body)])
+    body = [[quality, *(error_cell(rows[name]) for name in names)] for quality, rows in by_quality(results).items()]
+    title = "Mean absolute error of the JPEG quality that is told, in brackets the mean error"
+    return "\n".join([title, *aligned(["JPEG quality", *names], body)])
 
 
 def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -9,29 +9,29 @@ from string import Template
 from typing import Any
 
 from training.evaluate.examples import Example
+from training.evaluate.metrics import MEANINGS
 from training.evaluate.protocols import PICTURE_PROTOCOLS
 from training.evaluate.report.plots import kind_of, plot_map, plot_metric, plot_quality
 from training.evaluate.report.style import PAGE
 from training.evaluate.results import MetricFacts, Results, Row
-from training.evaluate.tables import arrow, best_of, cell, columns_of, how_many
+from training.evaluate.tables import arrow, best_of, by_quality, cell, columns_of, condition_head, error_cell, how_many
 
 ExamplesOf = Callable[[Row], Sequence[Example]]
 """The pictures to show of a row."""
 
 
-def to_html(results: Results, examples_of: ExamplesOf, chosen_by: MetricFacts | None) -> str:
+def to_html(results: Results, examples_of: ExamplesOf) -> str:
     """The whole report.
 
     Args:
         results: What was found.
         examples_of: Pictures of a row.
-        chosen_by: The metric that chose the worst of them.
     """
     sections = [_protocol(results, protocol) for protocol in results.protocols]
     if results.quality:
         sections.append(_quality(results))
     sections += [_map(embedded) for embedded in results.embeddings]
-    sections += [_pictures(results, examples_of, chosen_by), _measures(results)]
+    sections += [_pictures(results, examples_of), _measures(results)]
     title = f"Restorers on {results.facts['data']}"
     return Template(PAGE).substitute(
         title=escape(title), facts=_facts(results), body="\n".join(section for section in sections if section)
@@ -68,7 +68,8 @@ def _table(results: Results, protocol: str) -> str:
     rows = [row for row in results.rows if row.protocol == protocol]
     metrics = columns_of(results, protocol)
     evaluations = any((row.evaluations or 0) > 1 for row in rows)
-    heads = ["condition", "restorer", *(f"{metric.label} {arrow(metric)}" for metric in metrics), "s a picture"]
+    heads = [condition_head(rows), "restorer", *(f"{metric.label} {arrow(metric)}" for metric in metrics)]
+    heads += ["seconds per picture"]
     heads += ["evaluations"] if evaluations else []
     body: list[str] = []
     for condition in dict.fromkeys(row.condition for row in rows):
@@ -83,7 +84,7 @@ def _row(row: Row, together: Sequence[Row], metrics: Sequence[MetricFacts], *, e
     cells = [f"<td>{escape(row.condition)}</td><td>{escape(row.system)}{how_many(row, together)}</td>"]
     for metric in metrics:
         best = metric.name in row.means and row.means[metric.name] == best_of(together, metric)
-        cells.append(f"<td class=number>{'<b>' if best else ''}{cell(row, metric)}{'</b>' if best else ''}</td>")
+        cells.append(_number(cell(row, metric), best=best))
     cells.append(f"<td class=number>{row.seconds:.2f}</td>")
     if evaluations:
         cells.append(f"<td class=number>{f'{row.evaluations:.0f}' if row.evaluations else '-'}</td>")
@@ -109,19 +110,23 @@ def _published(
 def _quality(results: Results) -> str:
     names = list(dict.fromkeys(row["restorer"] for row in results.quality))
     body = []
-    for quality in dict.fromkeys(row["quality"] for row in results.quality):
-        rows = {row["restorer"]: row for row in results.quality if row["quality"] == quality}
-        unseen = " (unseen)" if next(iter(rows.values()))["trained"] is False else ""
-        cells = "".join(f"<td class=number>{rows[name]['error']:.1f} ({rows[name]['bias']:+.1f})</td>"
-                        for name in names)  # fmt: skip
-        body.append(f"<tr><td>{quality}{unseen}</td>{cells}</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    for quality, rows in by_quality(results).items():
+        least = min(row["error"] for row in rows.values()) if len(rows) > 1 else None
+        cells = "".join(_number(error_cell(rows[name]), best=rows[name]["error"] == least) for name in names)
+        body.append(f"<tr><td>{quality}</td>{cells}</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("JPEG quality", *names))
+    rings = " Rings are qualities that were not trained on."
+    rings *= any(row["trained"] is not None for row in results.quality)
     return (
         "<section><h2>The quality that is told</h2><p>Mean absolute error of the JPEG quality, in brackets the mean "
-        "error (CODiff, Fig. 7). Rings are qualities that were not trained on.</p>"
+        f"error (CODiff, Fig. 7).{rings}</p>"
         f"<div class=plots><figure>{plot_quality(results.quality)}</figure></div>"
-        f"<table><thead><tr><th>quality</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></section>"
+        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div></section>"
     )
+
+
+def _number(text: str, *, best: bool) -> str:
+    return f"<td class=number>{f'<b>{text}</b>' if best else text}</td>"
 
 
 def _map(embedded: dict[str, Any]) -> str:
@@ -133,31 +138,32 @@ def _map(embedded: dict[str, Any]) -> str:
     )
 
 
-def _pictures(results: Results, examples_of: ExamplesOf, chosen_by: MetricFacts | None) -> str:
+def _pictures(results: Results, examples_of: ExamplesOf) -> str:
+    """A group of sliders for each restorer and condition; the first one of each restorer is open."""
     shown: set[tuple[str, str]] = set()
+    opened: set[str] = set()
     parts = []
     for row in results.rows:
         if (row.system, row.condition) in shown or not (examples := examples_of(row)):
             continue
         shown.add((row.system, row.condition))
-        sliders = "".join(_slider(example, chosen_by) for example in examples)
-        opened = " open" if len(parts) == 0 else ""
+        sliders = "".join(_slider(example, results.metric(example.metric)) for example in examples)
+        state = "" if row.restorer in opened else " open"
+        opened.add(row.restorer)
+        kind = "JPEG quality " if condition_head([row]) == "JPEG quality" else ""
         parts.append(
-            f"<details{opened}><summary>{escape(row.system)}, {escape(row.condition)}</summary>"
+            f"<details{state}><summary>{escape(row.system)}, {kind}{escape(row.condition)}</summary>"
             f"<div class=sliders>{sliders}</div></details>"
         )
     if not parts:
         return ""
-    by = f" The worst are those that {escape(chosen_by.label)} improves least." if chosen_by else ""
     return (
         "<section><h2>Pictures</h2><p>Left of the line the JPEG, right of it the restoration; drag to move it, and "
-        f"hold <i>original</i> to compare.{by} Large pictures show their middle.</p>{''.join(parts)}</section>"
+        f"hold <i>original</i> to compare. Large pictures show their middle.</p>{''.join(parts)}</section>"
     )
 
 
-def _slider(example: Example, chosen_by: MetricFacts | None) -> str:
-    gain = f", {chosen_by.label} better by {example.gain:+.{chosen_by.digits}f}" if chosen_by else ""
-    kind = "one of the worst" if example.worst else "one of the first"
+def _slider(example: Example, metric: MetricFacts) -> str:
     original = ""
     if example.clean is not None:
         original = f'<img class=clean alt=original src="{_data(example.clean)}"><button type=button>original</button>'
@@ -166,21 +172,30 @@ def _slider(example: Example, chosen_by: MetricFacts | None) -> str:
         f'<img class=before alt=JPEG src="{_data(example.before)}">'
         f'<img class=after alt=restored src="{_data(example.after)}">{original}'
         '<input type=range min=0 max=100 value=50 aria-label="where the restoration begins"></div>'
-        f"<figcaption>{escape(example.picture)}: {kind}{escape(gain)}</figcaption></figure>"
+        f"<figcaption>{escape(caption(example, metric))}</figcaption></figure>"
     )
+
+
+def caption(example: Example, metric: MetricFacts) -> str:
+    """Which picture it is, why it is shown, and how it differs from the JPEG."""
+    why = " (one of those improved least)" if example.worst else " (one of the first)" if example.first else ""
+    amount = f"{abs(example.gain):.{metric.digits}f}"
+    higher = (example.gain > 0) == (metric.better == "higher")
+    difference = f"{amount}{metric.unit} {'higher' if higher else 'lower'} than the JPEG's"
+    how = difference if float(amount) else "the same as the JPEG's"
+    return f"{example.picture}{why}: {metric.label} {how}"
 
 
 def _measures(results: Results) -> str:
     measured = "".join(
-        f"<li>{escape(metric.label)} {arrow(metric)}: {escape(metric.variant)}</li>" for metric in results.metrics
+        f"<li>{escape(metric.label)} {arrow(metric)}: {escape(MEANINGS[metric.name])} ({escape(metric.variant)})</li>"
+        for metric in results.metrics
     )
     missing = "".join(f"<li>{escape(gone.label)}: {escape(gone.reason)}</li>" for gone in results.missing)
     left_out = "".join(f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in results.left_out)
-    return (
-        f"<section><h2>What was measured</h2><ul>{measured}</ul>"
-        + (f"<h3>Not measured</h3><ul>{missing}</ul>" if missing else "")
-        + (f"<h3>Left out</h3><ul>{left_out}</ul>" if left_out else "")
-        + "</section>"
+    parts = {"What was measured": measured, "Not measured": missing, "Left out": left_out}
+    return "".join(
+        f"<section><h2>{title}</h2><ul>{entries}</ul></section>" for title, entries in parts.items() if entries
     )
 
 

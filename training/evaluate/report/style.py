@@ -20,7 +20,8 @@ tr.first td { border-top: 1px solid #ccc; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.published { color: #666; font-style: italic; }
 .note { color: #666; font-size: .85em; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: .6em; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: .6em;
+  margin: 1.4em 0; }
 .plots figure { margin: 0; } .plots svg { width: 100%; height: auto; }
 details { margin: .6em 0; } summary { cursor: pointer; font-weight: 600; }
 .sliders { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 1em; margin: .8em 0; }

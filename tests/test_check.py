@@ -26,6 +26,7 @@ from training.check.pictures import Expectation, judge, look_at_all
 from training.commands import COMMANDS
 from training.data.crops import CropSettings, draw_pair
 from training.data.pictures import DECODE_ERRORS, load_image
+from training.data.views import View, see
 from training.degradation import Degradation, compress
 
 PHOTOS = {"astronaut": data.astronaut, "coffee": data.coffee, "chelsea": data.chelsea, "rocket": data.rocket}
@@ -92,16 +93,42 @@ def test_every_fault_is_found_and_named_and_nothing_else(sound: Path, tmp_path: 
 def test_sound_pictures_pass_and_pairs_of_the_sheet_can_be_made_again(sound: Path, tmp_path: Path, capsys) -> None:
     assert check(*tiny(sound, tmp_path, "--pairs", 5, "--run.seed", 3)) == 0
     assert [line for line in lines(capsys, "warning") if "few" not in line] == []
-    sheet = np.asarray(Image.open(tmp_path / "check" / "pairs.png"))
-    recipe = json.loads((tmp_path / "check" / "pairs.json").read_text())
+    check_made_again(tmp_path / "check", 5, side=64, times=3)
+
+
+def test_pairs_of_which_the_network_sees_a_view_can_be_made_again(sound: Path, tmp_path: Path) -> None:
+    """Only shrunk ones are cut out of the whole crop: which, and how, is in the file."""
+    options = ["--data.crop", 160, "--view.side", 64, "--view.resized", 0.4, "--view.misaligned", 0.5]
+    options += ["--view.uncompressed", 0.4, "--run.output", tmp_path / "run", "--output", tmp_path / "check"]
+    check("quality", "--preset", "starter", "--data.train", sound, "--pairs", 12, *options)
+    pairs = check_made_again(tmp_path / "check", 12, side=64, times=3)
+    assert {entry["crop"] for entry in pairs} == {160, 80}
+    views = [entry["drawn"]["view"] for entry in pairs]
+    assert {view["kind"] for view in views} == {"aligned", "misaligned", "resized"}
+    assert {view["uncompressed"] for view in views} == {True, False}
+
+
+def check_made_again(folder: Path, count: int, *, side: int, times: int) -> list[dict]:
+    """Whether all pairs follow from `pairs.json` alone, and are on the sheet, so many times as large."""
+    sheet = np.asarray(Image.open(folder / "pairs.png"))
+    recipe = json.loads((folder / "pairs.json").read_text())
     made = {**recipe["settings"], "degradation": Degradation(**recipe["settings"]["degradation"])}
     settings = CropSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in made.items()})
-    assert len(recipe["pairs"]) == 5 and settings.crop == 64
+    assert len(recipe["pairs"]) == count
     for entry in recipe["pairs"]:
-        pair = draw_pair(load_image(Path(entry["path"])), settings, [recipe["seed"], 1, entry["index"]])
-        for part in (pair.clean, pair.image):
-            assert is_within(part, sheet), entry
-        assert json.loads(json.dumps(pair.description)) == entry["drawn"]
+        pair = draw_pair(
+            load_image(Path(entry["path"])), replace(settings, crop=entry["crop"]), [recipe["seed"], 1, entry["index"]]
+        )
+        clean, image, drawn = pair.clean, pair.image, dict(entry["drawn"])
+        if "view" in drawn:
+            view = View(**drawn.pop("view"))
+            clean, image = (see(part, view, entry["side"]) for part in (clean, image))
+            image = clean if view.uncompressed else image
+        assert clean.shape == image.shape == (side, side, 3) and entry["side"] == side
+        both = [part.repeat(times, 0).repeat(times, 1) for part in (clean, image)]
+        assert is_within(np.concatenate([both[0], np.full((times * side, 6, 3), 255, np.uint8), both[1]], 1), sheet)
+        assert json.loads(json.dumps(pair.description)) == drawn
+    return recipe["pairs"]
 
 
 def is_within(part: np.ndarray, picture: np.ndarray) -> bool:

@@ -149,7 +149,7 @@ def test_only_shrunk_views_cost_a_whole_crop(tmp_path: Path, monkeypatch: pytest
         latest.append(settings.crop)
         return drawn(picture, settings, seed)
 
-    monkeypatch.setattr("training.data.views.draw_pair", spy)
+    monkeypatch.setattr("training.data.pairs.draw_pair", spy)
     pairs = pairs_of(config, sorted((tmp_path / "pictures").iterdir()))
     for index in range(40):
         sides[pairs.pair(index)[1].description["view"]["kind"]].add(latest[-1])

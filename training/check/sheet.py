@@ -24,13 +24,14 @@ _LETTER = 6
 
 
 def write_sheet(dataset: PairDataset, count: int, folder: Path) -> Path:
-    """Write the first pairs of a run, clean on the left and degraded on the right, each pixel as 1, 2, 3 ... of its own.
+    """Write the first pairs of a run, clean on the left and degraded on the right; small ones several times as large.
 
     Args:
         dataset: Of the run.
         count: Pairs.
-        folder: Gets `pairs.png`, and `pairs.json` with the picture, the index and all draws of each pair, of which
-            `training.data.crops.draw_pair` makes it again.
+        folder: Gets `pairs.png`, and `pairs.json` with the settings of all pairs, and of each the picture, the index,
+            the side of its crop, its own side, and all draws: what `training.data.crops.draw_pair`, and where a view
+            was drawn `training.data.views.see`, make it again of.
 
     Returns:
         The path of the sheet.
@@ -44,7 +45,8 @@ def write_sheet(dataset: PairDataset, count: int, folder: Path) -> Path:
     for index in range(count):
         path, pair = dataset.pair(index)
         cells.append((pair, [_caption(index, pair.description), path.name]))
-        recipes.append({"index": index, "path": str(path), "drawn": pair.description})
+        sides = {"crop": dataset.settings_of(index).crop, "side": len(pair.clean)}
+        recipes.append({"index": index, "path": str(path), **sides, "drawn": pair.description})
     folder.mkdir(parents=True, exist_ok=True)
     sheet = folder / "pairs.png"
     picture = Image.fromarray(_grid(_drawn(cells)))
@@ -61,9 +63,13 @@ def _drawn(cells: list[tuple[DegradedCrop, list[str]]]) -> list[np.ndarray]:
     wrapped = [[part for line in lines for part in textwrap.wrap(line, letters)] for _, lines in cells]
     most = max(map(len, wrapped))
     return [
-        _cell(*(part.repeat(times, 0).repeat(times, 1) for part in (pair.clean, pair.image)), lines, most)
+        _cell(_enlarged(pair.clean, times), _enlarged(pair.image, times), lines, most)
         for (pair, _), lines in zip(cells, wrapped, strict=True)
     ]
+
+
+def _enlarged(picture: np.ndarray, times: int) -> np.ndarray:
+    return picture.repeat(times, 0).repeat(times, 1)
 
 
 def _cell(clean: np.ndarray, degraded: np.ndarray, lines: list[str], room: int) -> np.ndarray:
@@ -90,6 +96,9 @@ def _grid(cells: list[np.ndarray]) -> np.ndarray:
 
 
 def _caption(index: int, drawn: dict[str, Any]) -> str:
+    view = drawn.get("view")
+    if view and view["uncompressed"]:
+        return f"{index}: no JPEG; {view['kind']}"
     parts = [f"{index}: QF {drawn['quality']} {'gray' if drawn['grayscale'] else drawn['subsampling']}"]
     if drawn["decoder"] != "pillow":
         parts.append(drawn["decoder"])
@@ -99,4 +108,4 @@ def _caption(index: int, drawn: dict[str, Any]) -> str:
         parts.append(f"before: {first['codec']} {first['quality']} at {place}{resized}")
     if any(drawn["cut"]):
         parts.append(f"cut at {drawn['cut'][0]},{drawn['cut'][1]}")
-    return "; ".join(parts)
+    return "; ".join([*parts, *([view["kind"]] if view else [])])

@@ -85,7 +85,11 @@ class PairDataset(Dataset[dict[str, Any]]):
     def pair(self, index: int) -> tuple[Path, DegradedCrop]:
         """What item `index` is made of: its picture's path, and the pair in 8 bits with all that was drawn for it."""
         path, picture = self.picture_of(index)
-        return path, draw_pair(picture, self.settings, [self.seed, 1, index])
+        return path, draw_pair(picture, self.settings_of(index), [self.seed, 1, index])
+
+    def settings_of(self, index: int) -> CropSettings:
+        """What is done to the picture of this index."""
+        return self.settings
 
     def picture_of(self, index: int) -> tuple[Path, np.ndarray]:
         """The picture of this index, (H,W,3) uint8, or, where that cannot be decoded, the next one of its epoch.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from training.configs.common import DataConfig
 from training.configs.quality import ViewConfig
-from training.data.crops import draw_pair
+from training.data.crops import CropSettings
 from training.data.pairs import PairDataset, pair_options
 from training.degradation import DegradedCrop
 
@@ -86,11 +86,18 @@ class ViewedPairs(PairDataset):
         self._small = replace(self.settings, crop=min(data.crop, view.side + GRID))
 
     def pair(self, index: int) -> tuple[Path, DegradedCrop]:
-        path, picture = self.picture_of(index)
-        view = draw_view(self.view, [self.seed, 2, index])
-        pair = draw_pair(picture, self.settings if view.kind == "resized" else self._small, [self.seed, 1, index])
+        path, pair = super().pair(index)
+        view = self.view_of(index)
         image, clean = (see(part, view, self.view.side) for part in (pair.image, pair.clean))
         drawn = {**pair.description, "view": asdict(view)}
         if view.uncompressed:
             return path, DegradedCrop(clean, clean, UNCOMPRESSED, drawn)
         return path, DegradedCrop(image, clean, pair.quality, drawn)
+
+    def settings_of(self, index: int) -> CropSettings:
+        """What is done to the picture of this index before the view is cut out."""
+        return self.settings if self.view_of(index).kind == "resized" else self._small
+
+    def view_of(self, index: int) -> View:
+        """What of the pair is seen."""
+        return draw_view(self.view, [self.seed, 2, index])

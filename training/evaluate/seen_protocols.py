@@ -93,8 +93,8 @@ def map_embeddings(
     return maps
 
 
-def same_quality_share(looks: Sequence[Look], vectors: np.ndarray) -> float:
-    """The share of the nearest prompts of other pictures that are of the same quality, 0 to 1.
+def same_quality_share(looks: Sequence[Look], vectors: np.ndarray) -> float | None:
+    """The share of the nearest prompts of other pictures that are of the same quality, 0 to 1; None for one picture.
 
     Args:
         looks: Of which picture and quality each vector is.
@@ -107,7 +107,7 @@ def same_quality_share(looks: Sequence[Look], vectors: np.ndarray) -> float:
     likeness[pictures[:, None] == pictures[None]] = -np.inf
     others = int(np.isfinite(likeness).sum(axis=1).min())
     if not others:
-        return float("nan")
+        return None
     nearest = np.argsort(-likeness, axis=1, kind="stable")[:, : min(_NEIGHBOURS, others)]
     return float((qualities[nearest] == qualities[:, None]).mean())
 

@@ -17,10 +17,7 @@ def to_text(results: Results) -> str:
     if results.quality:
         parts.append(_quality_table(results))
     for embedded in results.embeddings:
-        parts.append(
-            f"{embedded['restorer']}: of the nearest prompts of other pictures {embedded['same_quality']:.0%} are of "
-            f"the same quality (chance: {embedded['chance']:.0%})."
-        )
+        parts.append(f"{embedded['restorer']}: {neighbours(embedded)}")
     if results.missing:
         parts.append("\n".join(["Not measured:", *(f"- {gone.label}: {gone.reason}" for gone in results.missing)]))
     if results.left_out:
@@ -69,6 +66,16 @@ def by_quality(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
         name = f"{row['quality']}{' (unseen)' if row['trained'] is False else ''}"
         found.setdefault(name, {})[row["restorer"]] = row
     return found
+
+
+def neighbours(embedded: dict[str, Any]) -> str:
+    """Of the protocol `embeddings`: whether prompts lie by quality."""
+    if embedded["same_quality"] is None:
+        return "There is no prompt of another picture to compare with."
+    return (
+        f"Of the nearest prompts of other pictures {embedded['same_quality']:.0%} are of the same quality; by chance "
+        f"{embedded['chance']:.0%} would be."
+    )
 
 
 def error_cell(row: dict[str, Any]) -> str:

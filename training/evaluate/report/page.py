@@ -14,7 +14,17 @@ from training.evaluate.protocols import PICTURE_PROTOCOLS
 from training.evaluate.report.plots import kind_of, plot_map, plot_metric, plot_quality
 from training.evaluate.report.style import PAGE
 from training.evaluate.results import MetricFacts, Results, Row
-from training.evaluate.tables import arrow, best_of, by_quality, cell, columns_of, condition_head, error_cell, how_many
+from training.evaluate.tables import (
+    arrow,
+    best_of,
+    by_quality,
+    cell,
+    columns_of,
+    condition_head,
+    error_cell,
+    how_many,
+    neighbours,
+)
 
 ExamplesOf = Callable[[Row], Sequence[Example]]
 """The pictures to show of a row."""
@@ -132,8 +142,7 @@ def _number(text: str, *, best: bool) -> str:
 def _map(embedded: dict[str, Any]) -> str:
     return (
         f"<section><h2>Prompts of {escape(embedded['restorer'])}</h2><p>The mean of each picture's tokens, as t-SNE "
-        "lays them out (CODiff, Fig. 4; SODiff, Fig. 3). Of the nearest prompts of other pictures "
-        f"{embedded['same_quality']:.0%} are of the same quality; by chance {embedded['chance']:.0%} would be.</p>"
+        f"lays them out (CODiff, Fig. 4; SODiff, Fig. 3). {neighbours(embedded)}</p>"
         f"<div class=plots><figure>{plot_map(embedded['points'])}</figure></div></section>"
     )
 
@@ -157,9 +166,12 @@ def _pictures(results: Results, examples_of: ExamplesOf) -> str:
         )
     if not parts:
         return ""
+    with_pictures = {condition for _, condition in shown}
+    without = [label for label in dict.fromkeys(row.condition for row in results.rows) if label not in with_pictures]
+    others = f" The others have none here: {escape(', '.join(without))}." if without else ""
     return (
         "<section><h2>Pictures</h2><p>Left of the line the JPEG, right of it the restoration; drag to move it, and "
-        f"hold <i>original</i> to compare. Large pictures show their middle.</p>{''.join(parts)}</section>"
+        f"hold <i>original</i> to compare. Large pictures show their middle.{others}</p>{''.join(parts)}</section>"
     )
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
-import torch
+from PIL import Image
+from skimage import data
 
-from training.evaluate.examples import Example, Examples
-from training.evaluate.metrics import LABELS, MEANINGS, Metric
-from training.evaluate.pictures import Degraded
+from tests.conftest import write_regression
+from training.__main__ import main
+from training.evaluate.examples import Example
+from training.evaluate.metrics import LABELS, MEANINGS
 from training.evaluate.report.page import caption, to_html
 from training.evaluate.results import MetricFacts, Results, Row
-from training.evaluate.store import Key, Measurement
 from training.evaluate.tables import condition_head, to_text
 
 PSNR = MetricFacts("psnr", "PSNR", "RGB", "higher", 3)
@@ -54,20 +59,26 @@ def test_captions_say_why_a_picture_is_shown_and_the_worst_goes_first() -> None:
     assert caption(example(1, first=True, worst=True), PSNR).startswith("a.webp (one of those improved least): ")
 
 
-def test_a_first_picture_that_is_the_worst_is_named_so(tmp_path: Path) -> None:
-    """By the gains of all pictures; the next worst fill up the number, and those that were taken away are not shown."""
-    metric = Metric("psnr", "PSNR", "RGB", "higher", 3, reference=True, measure=lambda picture, clean: 0.0)
-    examples = Examples(tmp_path, 4, metric)
-    gains = {"a": -2.0, "b": 3.0, "c": 2.0, "d": -1.0, "e": 0.5}
-    picture = torch.zeros(1, 3, 8, 8)
-    for name, gain in gains.items():
-        keys = [Key(system, "10", "", name, "") for system in ("mine", "JPEG")]
-        examples.consider(Measurement(keys[0], {"psnr": 30 + gain}), Measurement(keys[1], {"psnr": 30.0}),
-                          Degraded(picture, None, None, None), picture)  # fmt: skip
-    found = [(shown.picture, shown.first, shown.worst, shown.gain) for shown in examples.chosen("mine", "10", gains)]
-    assert found == [("a", True, True, -2), ("b", True, False, 3), ("d", False, True, -1), ("e", False, False, 0.5)]
-    left = [shown.picture for shown in examples.chosen("mine", "10", {"b": 3.0, "e": 0.5})]
-    assert left == ["b", "e"]
+def test_a_first_picture_that_is_the_worst_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the gains of all pictures, as the CSV has them; the next worst fill up the number."""
+    clean, output = tmp_path / "clean", tmp_path / "out"
+    clean.mkdir()
+    for name, left in zip("abcde", (200, 100, 0, 300, 400), strict=True):
+        Image.fromarray(data.astronaut()[:48, left : left + 64]).save(clean / f"{name}.png")
+    restorer = write_regression(tmp_path / "mine.safetensors")
+    arguments = ["--data", clean, "--restorer", restorer, "--output", output, "--qualities", 10, "--metrics", "psnr"]
+    monkeypatch.setattr(sys, "argv", ["training", "evaluate", *map(str, arguments), "--device", "cpu"])
+    assert main() == 0
+    lines = list(csv.DictReader(io.StringIO((output / "results.csv").read_text(encoding="utf-8"))))
+    psnr = {(line["system"], line["picture"]): float(line["psnr"]) for line in lines}
+    gains = {name: psnr["mine", name] - psnr["JPEG", name] for name in sorted({line["picture"] for line in lines})}
+    by_gain = sorted(gains, key=lambda name: gains[name])
+    shown = [*gains][:2] + [name for name in by_gain if name not in [*gains][:2]][:2]
+    assert by_gain[0] in shown[:2], "the pictures no longer suit this test"
+    expected = [caption(Example(name, name in shown[:2], name in by_gain[:2], "psnr", gains[name], b"", b"", None),
+                        PSNR) for name in shown]  # fmt: skip
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert [unescape(text) for text in re.findall("<figcaption>(.*?)</figcaption>", page)] == expected
 
 
 def test_the_first_group_of_every_restorer_is_open() -> None:

@@ -82,7 +82,8 @@ def test_one_of_several_names_with_numbers_is_changed_beside_the_others(tmp_path
         (tuple[float, float], ["1", "2", "3"], WRONG), (tuple[bool, ...], ["True", "False"], (True, False)),
         (dict[str, float], ["4:2:0", "0.5"], {"4:2:0": 0.5}), (dict[str, float], ["4:2:0"], WRONG),
         (Literal["no", "bf16"], ["no"], "no"), (Literal["no", "bf16"], ["fp8"], WRONG), (Literal[2, 4], ["4"], 4),
-        (tuple[Literal["a", "b"], ...], ["b", "a"], ("b", "a")),
+        (tuple[Literal["a", "b"], ...], ["b", "a"], ("b", "a")), (int, ["9007199254740993"], 9007199254740993),
+        (tuple[int, ...], ["2024-13-45"], WRONG), (Path, ["~/x"], Path.home() / "x"), (Path, ["a~"], Path("a~")),
     ],
 )  # fmt: skip
 def test_words_become_values_of_the_fields_type_or_are_refused(kind: Any, words: list[str], value: Any) -> None:
@@ -97,7 +98,8 @@ def test_words_become_values_of_the_fields_type_or_are_refused(kind: Any, words:
         (Path, None, WRONG), (Path | None, None, None), (Path, 3, WRONG), (tuple[int, ...], 5, WRONG),
         (tuple[int, ...], [5, None], WRONG), (tuple[float, float], [1, 2], (1.0, 2.0)),
         (dict[str, float], {1: 2}, WRONG), (dict[str, float], {"a": "b"}, WRONG),
-        (Literal["no", "bf16"], False, "no"), (Literal["yes"], True, WRONG),
+        (Literal["no", "bf16"], False, "no"), (Literal["yes"], True, WRONG), (Path, "~/x", Path.home() / "x"),
+        (float, 10**400, WRONG), (int, "9" * 5000, WRONG),
     ],
 )  # fmt: skip
 def test_values_of_yaml_become_values_of_the_fields_type_or_are_refused(kind: Any, given: Any, value: Any) -> None:
@@ -138,6 +140,18 @@ def test_all_mistakes_of_a_command_line_and_its_file_are_reported_at_once(tmp_pa
         "  --data.degradation.quality-min: quality_min and quality_max must satisfy 0 <= min <= max <= 100, "
         "got 200 and 100",
     ]
+
+
+def test_mistakes_of_a_file_are_told_in_the_order_of_its_lines(tmp_path: Path) -> None:
+    """Also those that only a check of several values finds, which comes last."""
+    path = tmp_path / "my.yaml"
+    path.write_text("run:\n  batch: 0\ndata:\n  crpo: 64\n  workers: -1\nrun2: 5\ndata:\n  workers: two\n")
+    with pytest.raises(ConfigError) as caught:
+        parse("driftrec", ["--preset", "startr", "--config", str(path), "--optimizer.lr", "1"])
+    said = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert said[0].startswith("--preset: ") and said[-1].startswith("--optimizer.lr: ")
+    numbers = [int(line.removeprefix(f"{path}, line ").split(":")[0]) for line in said[1:-1]]
+    assert numbers == sorted(numbers) and numbers[0] == 2 and len(numbers) >= 4
 
 
 @dataclass(frozen=True)
@@ -229,6 +243,8 @@ def test_the_nearest_names_are_those_that_people_mean(name: str, hint: str) -> N
         ("crop: 64", "line 1: crop: unknown key, did you mean 'data.crop' or 'validation.crop'?"),
         ("run: {precision: fp6}", "expected one of 'no', 'bf16', 'fp16', got 'fp6'; did you mean 'fp16'?"),
         ("5: 6", "line 1: 5: unknown key"),
+        ("run:\n  seed: 2024-13-45\n", "line 2: run.seed: expected a whole number, got '2024-13-45'"),
+        ("run:\n  seed: !!int many\n", "not valid YAML: invalid literal for int()"),
         ("a: !!python/object:os.system {}", "not valid YAML: could not determine a constructor"),
     ],
 )  # fmt: skip

@@ -27,7 +27,8 @@ def test_numbers_out_of_range_are_refused_and_the_ends_of_the_range_are_not(grou
     def with_number(number: float) -> Any:
         whole = isinstance(value, int) or (isinstance(value, tuple) and not isinstance((*value, 0)[0], float))
         number = int(number) if whole else number
-        return replace(config[group], **{field: (number,) * (len(value) or 1) if isinstance(value, tuple) else number})
+        several = 1 if field == "qualities" else len(value) or 1 if isinstance(value, tuple) else 0  # each of them once
+        return replace(config[group], **{field: (number,) * several if several else number})
 
     outside = [allowed.least - 1, *([] if allowed.most == math.inf else [allowed.most if allowed.open else 101])]
     for number in outside:
@@ -67,3 +68,9 @@ def test_several_numbers_out_of_range_are_told_at_once() -> None:
         "  --validation.qualities: expected 0 to 100, got 5 101.",
         "  --run.batch: expected at least 1, got 0.",
     ]
+
+
+def test_a_quality_that_is_asked_for_twice_is_refused() -> None:
+    """Its figures would be added up twice."""
+    with pytest.raises(ConfigError, match=r"^--validation\.qualities: expected each once, got 10 20 10\.$"):
+        parse("regression", ["--validation.qualities", "10", "20", "10"])

@@ -142,6 +142,9 @@ def test_dry_run_refuses_the_folder_of_another_run_and_says_where_its_own_stands
          "training regression: --run.init-from {empty}/absent.safetensors: there is no such file"),
         (["regression", "--run.batch", "3", "--run.accumulate", "2", "--data.train", "{pictures}",
           "--network.width", "8", "--run.output", "{empty}/run"], "expected a multiple of 2"),
+        (["regression", "--data.train", "{pictures}", "--run.output", "{pictures}/runs/a"],
+         "lies in data.train ({pictures}), whose pictures the run's samples would be taken for. Give --run.output a"),
+        (["regression", "--data.train", "{pictures}/a.png"], "a.png is a file: give the folder that holds"),
     ],
 )  # fmt: skip
 def test_a_mistake_ends_in_one_sentence(arguments: list[str], expected: str, tmp_path: Path) -> None:
@@ -151,5 +154,5 @@ def test_a_mistake_ends_in_one_sentence(arguments: list[str], expected: str, tmp
     Image.new("RGB", (40, 40)).save(pictures / "a.png")
     done = run(*(argument.format(empty=empty, pictures=pictures) for argument in arguments))
     assert done.returncode == 2
-    assert expected.format(empty=empty) in done.stderr
+    assert expected.format(empty=empty, pictures=pictures) in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from training.command_line.checks import config_error, put_in
-from training.command_line.files import given_in_file
+from training.command_line.files import given_in_file, in_order_of_lines
 from training.command_line.options import Option, given_in_options, split_options
 from training.commands import COMMANDS
 
@@ -46,7 +47,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[bool, Any]:
     given += given_in_options(others, default, problems, given)
     config = put_in(default, given, problems)
     if problems:
-        raise config_error(problems)
+        raise config_error(in_order_of_lines(own.config, problems))
     return own.dry_run, config
 
 
@@ -63,7 +64,7 @@ def _own_options(
                 problems.append(f"--preset: {wrong_preset(' '.join(option.words), presets)}")
         elif option.name == "--config":
             if word:
-                own.config = Path(word)
+                own.config = Path(os.path.expanduser(word))
             else:
                 problems.append(f"--config: expected the path of one YAML file, got {' '.join(option.words)!r}")
         elif option.name in ("--dry-run", "--dry_run"):

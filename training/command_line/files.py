@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import yaml
 
@@ -27,8 +29,20 @@ def read_config(path: Path, default: T) -> T:
     problems: list[str] = []
     config = put_in(default, given_in_file(path, default, problems), problems)
     if problems:
-        raise config_error(problems)
+        raise config_error(in_order_of_lines(path, problems))
     return config
+
+
+def in_order_of_lines(path: Path | None, problems: Sequence[str]) -> list[str]:
+    """What is wrong, with what is said of lines of a file in their order, where the first of it stood."""
+    line = re.compile(rf"{re.escape(str(path))}, line (\d+): ")
+    lines = {place: int(found[1]) for place, problem in enumerate(problems) if (found := line.match(problem))}
+    if not lines:
+        return list(problems)
+    ordered = [problems[place] for place in sorted(lines, key=lambda place: lines[place])]
+    first = min(lines)
+    others = [problem for place, problem in enumerate(problems) if place > first and place not in lines]
+    return [*problems[:first], *ordered, *others]
 
 
 def given_in_file(path: Path, config: Any, problems: list[str]) -> list[Given]:
@@ -64,6 +78,15 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes dates for text: no field is one, and of a day that there is not YAML would say neither file nor line."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class _Document(NamedTuple):
     """A YAML file: its values, the line of each key, and what is said of keys that it gives twice."""
 
@@ -81,7 +104,7 @@ class _Document(NamedTuple):
 def _read(path: Path) -> _Document:
     document = _Document(path, None, {}, [])
     try:
-        loader = yaml.SafeLoader(_text(path))
+        loader = _Loader(_text(path))
         try:
             node = loader.get_single_node()
             _note_lines(node, (), document)
@@ -94,7 +117,9 @@ def _read(path: Path) -> _Document:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         said = " ".join(part for part in (error.problem, error.context) if part)
         raise ConfigError(f"{path}{line}: not valid YAML: {said}.") from error
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # the latter of values with a tag, e.g. !!int many
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def convert(kind: Any, value: Any) -> Any:
     if kind is Any:
         return value
     if kind is Path:
-        return Path(value) if isinstance(value, str) and value else WRONG
+        return Path(os.path.expanduser(value)) if isinstance(value, str) and value else WRONG
     if kind in (int, float):
         return _number(kind, value)
     return value if isinstance(value, kind) else WRONG
@@ -86,7 +87,7 @@ def _read(kind: Any, word: str) -> Any:
     if typing.get_origin(kind) in (tuple, dict):
         try:
             return yaml.safe_load(word)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the latter of days that there are not
             return word
     return word
 
@@ -107,12 +108,20 @@ def _convert_names(arguments: tuple[Any, ...], values: dict[Any, Any]) -> Any:
 def _number(kind: type, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return WRONG
-    if isinstance(value, int):
-        return kind(value)
     try:
-        number = float(value)  # YAML reads 1e-4 as text
-    except ValueError:
+        return kind(value) if isinstance(value, int) else _read_number(kind, value)
+    except (ValueError, OverflowError):
         return WRONG
+
+
+def _read_number(kind: type, value: float | str) -> Any:
+    """Of text as well, for YAML reads 1e-4 as text; whole numbers digit by digit, where they are written so."""
+    if kind is int and isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    number = float(value)
     if kind is float:
         return number if math.isfinite(number) else WRONG
     return int(number) if number.is_integer() else WRONG

@@ -95,6 +95,8 @@ class ValidationConfig:
         check_ranges(self)
         if not self.qualities:
             raise ValueError("qualities: expected at least one, got none.")
+        if len(set(self.qualities)) < len(self.qualities):
+            raise ValueError(f"qualities: expected each once, got {' '.join(map(str, self.qualities))}.")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 from restoration.devices import accelerator_available
 from training.command_line.files import to_yaml
 from training.commands import COMMANDS
+from training.configs.places import check_places
 from training.data.pictures import find_images, scan_images
 from training.data.views import pairs_of
 from training.given_files import read_given
@@ -46,6 +47,7 @@ class Session:
 
     def __init__(self, command: str, config: Any) -> None:
         self.command, self.config = command, config
+        check_places(config)
         if config.run.wandb is not None:
             import_wandb()
         self.state = PartialState(cpu=not accelerator_available(), timeout=_PATIENCE)

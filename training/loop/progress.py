@@ -21,6 +21,15 @@ def mute(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def say(text: str) -> None:
+    """Print a line without tearing a bar; to nobody where nobody reads along any more."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        mute(sys.stdout)
+
+
 class Progress(Protocol):
     """Shows images, the loss, images a second, and an estimate of the end."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from restoration.restorer_file import RestorerFileError, RestorerMetadata, half, read_metadata, write_restorer
 from training.command_line.files import to_plain, to_yaml
@@ -21,7 +19,7 @@ from training.files import copy_file, remove_parts, replace_file, replace_text
 from training.loop.checkpoint import write_checkpoint
 from training.loop.lock import FolderLock, LockedError
 from training.loop.logs import Log, StatsFile, TensorBoard, WeightsAndBiases
-from training.loop.progress import Progress, make_progress, mute
+from training.loop.progress import Progress, make_progress, say
 from training.loop.same_run import CONFIG, RunFolderError, stored_run
 from training.loop.validation import is_better
 from training.trainers.task import Task
@@ -94,11 +92,7 @@ class RunFolder:
     def say(self, text: str) -> None:
         """Print a line without tearing the progress bar; to nobody where nobody reads along any more."""
         if self.main:
-            try:
-                tqdm.write(text)
-                sys.stdout.flush()
-            except OSError:
-                mute(sys.stdout)
+            say(text)
 
     def progress(self, done: int, total: int) -> Progress:
         """Shows how far the run is, and an estimate of its end."""

@@ -20,6 +20,7 @@ from training.given_files import read_given
 from training.loop.briefing import changes, warnings
 from training.loop.checkpoint import read_checkpoint
 from training.loop.logs import import_wandb
+from training.loop.progress import say
 from training.loop.run_folder import RunFolder
 from training.loop.same_run import check_same_run, held_out_before
 from training.loop.trainer import Trainer
@@ -144,7 +145,7 @@ class Session:
 
     def _say(self, text: str) -> None:
         if self.state.is_main_process:
-            print(text, flush=True)
+            say(text)
 
 
 def check_crops(multiple: int, config: Any) -> None:

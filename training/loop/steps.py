@@ -18,9 +18,8 @@ from training.loop.checkpoint import Average, CheckpointError
 from training.loop.optimizers import Learner, learning_rate
 from training.trainers.task import Task
 
-
 _MOST_SKIPPED = 50
-"""Steps in a row that fp16 may skip: its scale falls by half each time, from 65,536 to nothing within a third of that."""
+"""Steps in a row that fp16 may skip: its scale falls by half each time, from 65,536 to 1 within a third of that."""
 
 
 class TrainingStoppedError(RuntimeError):
@@ -178,7 +177,7 @@ class Steps:
         """fp16's loss scaling skips a step with infinite gradients now and then, and then scales less; not for ever."""
         learner.skipped = 0 if math.isfinite(norm) else learner.skipped + 1
         if learner.skipped > (_MOST_SKIPPED if self.run_config.precision == "fp16" else 0):
-            again = f", for the {learner.skipped}th time in a row," if learner.skipped > 1 else ""
+            again = f", for the {learner.skipped}. time in a row," if learner.skipped > 1 else ""
             self._stop(images, f"the {self._name(learner)}gradient's norm is {norm}{again}", micro_batches)
 
     def _name(self, learner: Learner) -> str:

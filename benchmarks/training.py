@@ -31,7 +31,7 @@ from benchmarks.data import bundled_folder, measure_floor
 from restoration.devices import accelerator_available
 from training.commands import COMMANDS
 from training.configs.common import RunConfig, ValidationConfig
-from training.data.views import pairs_of
+from training.data.views import pairs_of, seen_side
 from training.loop.allocator import keep_freed_memory
 from training.loop.optimizers import make_optimizer
 from training.loop.session import Session
@@ -94,12 +94,12 @@ def _row(name: str, folder: Path, place: Path, options: argparse.Namespace) -> d
     steps = max(_LEAST, round(before.rate * options.seconds / config.run.batch))
     trained, waiting = _trained(name, config, steps)
     plain = before.mean(_plain(session, batch, options.seconds / 2))
-    floor = measure_floor(session.training[0], config.data.crop, options.seconds / 8)
+    floor = measure_floor(session.training[0], seen_side(config), options.seconds / 8)
     return {
         "device": heading(session.state.device or "cpu"), "batch": str(config.run.batch), "plain": f"{plain.rate:.1f}",
         "trained": f"{trained.rate:.1f}", "ratio": f"{trained.rate / plain.rate:.2f}",
         "processor": f"{plain.processor / trained.processor:.2f}", "waiting": f"{waiting:.0%}",
-        "crop": str(config.data.crop), "pairs": f"{pairs:.0f}", "floor": f"{floor:.0f}",
+        "crop": str(seen_side(config)), "pairs": f"{pairs:.0f}", "floor": f"{floor:.0f}",
     }  # fmt: skip
 
 

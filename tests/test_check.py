@@ -4,68 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
-import torch
 from PIL import Image
 from shared import shared_path
 from skimage import data
 
-from training.check import cost as costs
-from training.check import weights
+from tests.checking import PHOTOS, check, lines, photo, save, tiny, write_sound
 from training.check.command import run
 from training.check.duplicates import find_duplicates
 from training.check.facts import PictureFacts, find_grid, fingerprint, look_at
 from training.check.pictures import Expectation, judge, look_at_all
-from training.commands import COMMANDS
 from training.data.crops import CropSettings, draw_pair
 from training.data.pictures import DECODE_ERRORS, load_image
 from training.data.views import View, see
 from training.degradation import Degradation, compress
 
-PHOTOS = {"astronaut": data.astronaut, "coffee": data.coffee, "chelsea": data.chelsea, "rocket": data.rocket}
-
-
-def photo(name: str) -> np.ndarray:
-    """A photograph at half its size, so that what it had of artefacts is gone."""
-    picture = Image.fromarray(PHOTOS[name]())
-    return np.asarray(picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS))
-
-
-def save(pixels: np.ndarray, path: Path, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-    return path
-
 
 @pytest.fixture
 def sound(tmp_path: Path) -> Path:
-    for name in PHOTOS:
-        save(photo(name), tmp_path / "sound" / f"{name}.png")
-    return tmp_path / "sound"
-
-
-def lines(capsys, level: str) -> list[str]:
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{level}: ")]
-
-
-def check(*arguments: object, jobs: int = 1) -> int:
-    return run([*(str(word) for word in arguments), "--jobs", str(jobs)])
-
-
-def tiny(folder: Path, tmp_path: Path, *more: object) -> list[object]:
-    return [
-        *("regression", "--preset", "starter", "--data.train", folder, "--data.crop", 64),
-        *("--run.output", tmp_path / "run"),
-        *("--network.width", 8, "--network.channel-multipliers", 1, 2, "--validation.crop", 64, "--run.batch", 4),
-        *("--output", tmp_path / "check", *more),
-    ]  # fmt: skip
+    return write_sound(tmp_path / "sound")
 
 
 def test_every_fault_is_found_and_named_and_nothing_else(sound: Path, tmp_path: Path, capsys) -> None:
@@ -178,6 +139,7 @@ def test_all_mistakes_of_a_configuration_are_problems(tmp_path: Path, capsys) ->
         (["--run.init-from", "nowhere.safetensors"], r"run\.init_from: there is no nowhere"),
         (["--data.crop", "65"], r"data\.crop: expected a multiple of"),
         (["--run.accumulate", "3"], r"run\.batch: expected a multiple of 3 .*got 4"),
+        (["--data.train", __file__], r"data\.train: .*test_check\.py is a file: give the folder that holds"),
     ],
 )
 def test_what_would_stop_the_training_is_a_problem(sound: Path, tmp_path: Path, capsys, options, said) -> None:
@@ -197,48 +159,6 @@ def test_another_run_in_the_folder_is_a_problem(sound: Path, tmp_path: Path, cap
     (tmp_path / "run" / "checkpoint.pt").touch()
     assert check(*tiny(sound, tmp_path, "--pairs", 0, "--limit", 1)) == 1
     assert "holds another run (command was 'driftrec'" in lines(capsys, "problem")[0]
-
-
-def test_disk_and_memory_are_compared_with_what_is_there(sound: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    assert check(*tiny(sound, tmp_path, "--pairs", 0, "--limit", 1)) == 0
-    assert sum(line.startswith(("note: disk", "note: memory")) for line in lines(capsys, "note")) == 2
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(costs.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "available")(1000))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert check(*tiny(sound, tmp_path, "--pairs", 0, "--limit", 1)) == 1
-    printed = capsys.readouterr().out
-    assert "problem: disk: " in printed and "warning: memory: " in printed and "--run.accumulate" in printed
-
-
-def test_the_estimated_checkpoint_is_as_large_as_the_written_one(sound: Path, tmp_path: Path) -> None:
-    from training.command_line.configure import parse
-    from training.loop.session import Session
-
-    arguments = [str(word) for word in tiny(sound, tmp_path)[1:-2]]
-    arguments += ["--run.images", "4", "--data.workers", "0"]
-    arguments += ["--validation.images", "1", "--validation.qualities", "10"]
-    _, config = parse("regression", arguments)
-    cost = costs.measure(COMMANDS["regression"].make_task(config), config)
-    Session("regression", config).train()
-    written = (tmp_path / "run" / "checkpoint.pt").stat().st_size
-    restorer = (tmp_path / "run" / "regression.safetensors").stat().st_size
-    assert 0.7 < cost.checkpoint / written < 1.1 and 0.5 < cost.restorer / restorer < 1.2
-
-
-def test_activations_grow_with_pixels_and_pictures(sound: Path, tmp_path: Path) -> None:
-    from training.command_line.configure import parse
-
-    def memory(*more: object) -> int:
-        _, config = parse("regression", [str(word) for word in [*tiny(sound, tmp_path)[1:-2], *more]])
-        return costs.measure(COMMANDS["regression"].make_task(config), config).memory
-
-    base = memory()
-    per_picture = base - memory("--run.batch", 3)
-    rest = base - 4 * per_picture
-    assert per_picture > 0 and rest > 0
-    assert abs(memory("--run.batch", 8, "--run.accumulate", 2) - base) <= 4
-    assert abs((memory("--data.crop", 128) - rest) / (16 * per_picture) - 1) < 0.1
 
 
 @pytest.mark.parametrize("quality", [10, 30, 50])
@@ -289,29 +209,6 @@ def test_all_pairs_within_four_bits_are_found_as_by_comparing_all() -> None:
     assert found == expected and 20 < len(found) < 60
 
 
-def test_models_are_looked_for_in_folders_and_in_the_hubs_cache(tmp_path: Path, monkeypatch) -> None:
-    from training.command_line.configure import parse
-
-    base = tmp_path / "base"
-    for part in ("unet", "vae"):
-        (base / part).mkdir(parents=True)
-    (base / "vae" / "a.safetensors").touch()
-    cave = tmp_path / "cave.safetensors"
-    cave.touch()
-    asked = ["--cave", str(cave), "--loss.perceptual.kind", "none"]
-    (finding,) = weights.check_weights(parse("codiff", [*asked, "--base.path", str(base)])[1])
-    assert finding.level == "problem" and "lacks scheduler, the .safetensors of unet." in finding.text
-    (base / "scheduler").mkdir()
-    (base / "unet" / "a.safetensors").touch()
-    assert weights.check_weights(parse("codiff", [*asked, "--base.path", str(base)])[1]) == []
-    said = [finding.text for finding in weights.check_weights(parse("codiff", ["--base.path", str(base)])[1])]
-    assert len(said) == 2 and said[0].startswith("cave: no first stage") and "--loss.perceptual.dists" in said[1]
-    (finding,) = weights.check_weights(parse("codiff", [*asked, "--base.path", "nobody/nothing-of-this-name"])[1])
-    assert finding.level == "warning" and "will be downloaded" in finding.text
-    (finding,) = weights.check_weights(parse("codiff", [*asked, "--base.path", str(tmp_path / "absent")])[1])
-    assert finding.level == "problem" and "neither a folder nor the name" in finding.text
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -356,19 +253,9 @@ def test_the_same_file_many_times_is_found_at_once() -> None:
     assert find_duplicates([*others, *copies]) == [list(range(1, 5001))]
 
 
-def test_what_adapts_a_base_is_told_the_memory_of_the_preset_with_as_large_a_step(monkeypatch) -> None:
-    from training.check.cost import check_known_memory
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    presets = COMMANDS["codiff"].presets()
-    card = replace(presets["24gb"], run=replace(presets["24gb"].run, images=7, seed=3))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=24 * 2**30))
-    (finding,) = check_known_memory("codiff", card)
-    assert finding.level == "note" and "about 19.8 GiB, as counted for the preset 24gb" in finding.text
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 * 2**30))
-    (finding,) = check_known_memory("codiff", card)
-    assert finding.level == "warning" and "--run.accumulate (now 4" in finding.text
-    (finding,) = check_known_memory("codiff", replace(card, unet_lora=replace(card.unet_lora, rank=64)))
-    assert finding.level == "note" and "not estimated" in finding.text
-    (finding,) = check_known_memory("sodiff", COMMANDS["sodiff"].presets()["12gb"])
-    assert "about 7.5 GiB, as counted for the preset 12gb" in finding.text
+def test_the_end_speaks_of_pictures_where_there_are_any(sound: Path, tmp_path: Path, capsys) -> None:
+    check("regression", "--data.crpo", 8, "--output", tmp_path / "check")
+    report = tmp_path / "check" / "findings.json"
+    assert capsys.readouterr().out.endswith(f"1 problem(s), 0 warning(s); they are in {report}\n")
+    check(*tiny(sound, tmp_path, "--pairs", 0, "--limit", 1, "--data.crop", 512))
+    assert capsys.readouterr().out.endswith(f"they are in {report}, with the names of all pictures\n")

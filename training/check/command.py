@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
             print(finding.line(), flush=True)
 
     if command is None:
-        _check_data(_alone(options.data), options, tell)
+        _check_data(_alone(Path(os.path.expanduser(options.data))), options, tell)
     else:
         _check_training(command, rest, options, tell)
     return _conclude(findings, options)
@@ -91,40 +91,46 @@ def _check_training(
         lines = str(error).splitlines()
         tell(Finding("problem", line.strip()) for line in (lines[1:] or lines))
         return
-    from training.check.cost import check_known_memory, check_writable
-    from training.check.weights import adapts_base, check_weights
-    from training.loop.run_folder import RunFolderError, check_same_run
+    from training.check.cost import check_writable
+    from training.check.sizes import check_batch, check_place
+    from training.check.weights import check_weights
+    from training.loop.same_run import RunFolderError, check_same_run
 
     tell(check_weights(config))
     tell(check_writable(config.run.output))
+    tell(check_place(config))
     try:
         check_same_run(config.run.output, command, config)
     except RunFolderError as error:
         tell([Finding("problem", str(error))])
-    if adapts_base(config):
-        tell(check_known_memory(command, config))
-    else:
-        _check_cost(command, config, tell)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    tell(check_batch(config, processes))
+    _check_cost(command, config, processes, tell)
     _check_data(config, options, tell)
 
 
-def _check_cost(command: str, config: Any, tell: Callable[[Iterable[Finding]], None]) -> None:
-    from training.check.cost import check_disk, check_memory, measure
-    from training.loop.session import check_crops
+def _check_cost(command: str, config: Any, processes: int, tell: Callable[[Iterable[Finding]], None]) -> None:
+    """Crops, memory and disk: of the network, or of what adapts a base, without loading that."""
+    from training.check.cost import check_disk, check_free_disk, measure
+    from training.check.memory import check_kept_pictures, check_known_memory, check_memory
+    from training.check.sizes import ADAPTED_MULTIPLES, check_sides
+    from training.check.weights import adapts_base
 
-    processes, run = int(os.environ.get("WORLD_SIZE", "1")), config.run
-    if run.batch % (share := processes * run.accumulate):
-        expected = f"expected a multiple of {share} (processes x run.accumulate), got {run.batch}"
-        tell([Finding("problem", f"run.batch: {expected}. Change one of them.")])
+    if adapts_base(config):
+        tell([*check_sides(ADAPTED_MULTIPLES[command], config), *check_known_memory(command, config)])
+        tell([*check_kept_pictures(config, processes), *check_free_disk(config.run)])
+        return
     try:
         task = COMMANDS[command].make_task(config)
-        check_crops(task.size_multiple, config)
     except (ValueError, FileNotFoundError) as error:
         tell([Finding("problem", str(error))])
         return
+    if wrong := check_sides(task.size_multiple, config):
+        tell(wrong)
+        return
     cost = measure(task, config, processes)
-    tell(check_memory(cost.memory, config))
-    tell(check_disk(cost, run))
+    tell([*check_memory(cost.memory, command, config), *check_kept_pictures(config, processes)])
+    tell(check_disk(cost, config.run))
 
 
 def _check_data(
@@ -139,7 +145,7 @@ def _check_data(
     facts = {}
     for name, source in sources.items():
         try:
-            paths = find_images(source)
+            paths = find_images(source, "--data" if options.data else f"--{name}")
         except (ValueError, FileNotFoundError) as error:
             tell([Finding("problem", f"{name}: {error}")])
             continue
@@ -173,7 +179,8 @@ def _conclude(findings: list[Finding], options: argparse.Namespace) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     report = options.output / "findings.json"
     replace_text(report, json.dumps([asdict(finding) for finding in findings], indent=1))
-    print(f"{counts['problem']} problem(s), {counts['warning']} warning(s); with all names in {report}")
+    named = ", with the names of all pictures" if any(finding.pictures for finding in findings) else ""
+    print(f"{counts['problem']} problem(s), {counts['warning']} warning(s); they are in {report}{named}")
     return 1 if counts["problem"] or (options.strict and counts["warning"]) else 0
 
 

@@ -1,4 +1,4 @@
-"""What a training takes of memory and disk: its weights counted, its activations measured on a small crop."""
+"""What a training takes of memory, its weights counted, its activations measured on a small crop; and of its disk."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from training.check.findings import Finding
-from training.commands import COMMANDS
+from training.check.findings import Finding, amount
 from training.configs.common import OptimizerConfig, RunConfig
 from training.data.views import seen_side
-from training.presets.figures import KNOWN, Known
 from training.trainers.task import Task
 
 _MEASURED_SIDE = 128
@@ -68,51 +64,6 @@ def measure(task: Task, config: Any, processes: int = 1) -> Cost:
     )
 
 
-def check_memory(memory: int, config: Any, source: str = "") -> list[Finding]:
-    """The memory that is needed, in bytes, and whether it is there; `source` tells where that is known from."""
-    if torch.cuda.is_available():
-        there, where = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
-    else:
-        there, where = psutil.virtual_memory().available, "the CPU, of which so much is free"
-    text = f"memory: a step needs about {_amount(memory)}{source}; {_amount(there)} on {where}"
-    if memory < there:
-        return [Finding("note", f"{text}.")]
-    return [
-        Finding(
-            "warning",
-            f"{text}: raise --run.accumulate (now {config.run.accumulate}; the same result with less), or lower "
-            "--run.batch or --data.crop.",
-        )
-    ]
-
-
-def check_known_memory(command: str, config: Any) -> list[Finding]:
-    """The memory of a training that adapts a base model, which is not loaded here: that of a preset whose step is as
-    large, where there is one."""
-    for name, preset in COMMANDS[command].presets().items():
-        known = KNOWN.get((command, name), Known(""))
-        if known.memory is not None and known.memory_from == "c" and _step(preset) == _step(config):
-            source = f", as counted for the preset {name} (one card; CUDA adds one or two GiB)"
-            return check_memory(int(known.memory * 2**30), config, source)
-    return [
-        Finding(
-            "note",
-            "memory: not estimated, for the base model is not loaded here, and no preset whose memory is known has a "
-            f"step of this size. --dry-run of the training loads it; python -m training presets names {command}'s.",
-        )
-    ]
-
-
-def _step(config: Any) -> list[Any]:
-    """What the memory of a step on a base model depends on."""
-    names = (
-        "backbone", "data.crop", "run.precision", "base.dtype", "gradient_checkpointing", "optimizer.eight_bit",
-        "unet_lora.rank", "vae_lora.rank", "loss.adversarial.discriminator", "loss.perceptual.kind",
-    )  # fmt: skip
-    step = [reduce(lambda part, key: getattr(part, key, None), name.split("."), config) for name in names]
-    return [*step, config.run.batch // config.run.accumulate]
-
-
 def check_disk(cost: Cost, run: RunConfig) -> list[Finding]:
     """The room that the run's files take, and whether it is there."""
     kept = 0
@@ -120,15 +71,30 @@ def check_disk(cost: Cost, run: RunConfig) -> list[Finding]:
         kept = min(run.keep or math.inf, run.images // run.keep_every)
     checkpoints, restorers = 2 + int(kept), 3 + int(kept)  # one is written while the last one stays; and the best
     needed = checkpoints * cost.checkpoint + restorers * cost.restorer
-    folder = next(place for place in (run.output, *run.output.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = _free(run.output)
     text = (
-        f"disk: {run.output} will hold about {_amount(needed)} ({checkpoints} checkpoints of "
-        f"{_amount(cost.checkpoint)}); {_amount(free)} are free"
+        f"disk: {run.output} will hold about {amount(needed)} ({checkpoints} checkpoints of "
+        f"{amount(cost.checkpoint)}); {amount(free)} are free"
     )
     if needed < free:
         return [Finding("note", f"{text}.")]
     return [Finding("problem", f"{text}: free some, lower --run.keep, or give --run.output another disk.")]
+
+
+def check_free_disk(run: RunConfig) -> list[Finding]:
+    """The room that there is for a run whose files are not known before its network is."""
+    return [
+        Finding(
+            "note",
+            f"disk: {amount(_free(run.output))} are free for {run.output}; what its checkpoints take is not estimated, "
+            "for the base model is not loaded here.",
+        )
+    ]
+
+
+def _free(output: Path) -> int:
+    folder = next(place for place in (output, *output.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(folder).free
 
 
 def check_writable(output: Path) -> list[Finding]:
@@ -184,7 +150,3 @@ def _activations(task: Task, config: Any) -> float:
     per_picture = sum(kept.values()) / len(batch["path"])
     del loss
     return per_picture * (crop / side) ** 2
-
-
-def _amount(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

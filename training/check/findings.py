@@ -40,3 +40,8 @@ def named(names: Sequence[object]) -> str:
 def of(count: int, total: int) -> str:
     """A count in a sentence, e.g. "3 of 200 pictures"."""
     return f"{count} of {total} pictures"
+
+
+def amount(count: float) -> str:
+    """Bytes as people say them, e.g. "1.5 GiB"."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

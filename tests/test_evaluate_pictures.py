@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,13 +140,19 @@ def test_a_picture_that_cannot_be_read_does_not_hide_what_was_published(
     assert not published()
 
 
-def jpegs_of(live1: list[Source], condition: Condition, names: Sequence[str]) -> np.ndarray:
+def as_it_is(clean: torch.Tensor) -> torch.Tensor:
+    return clean
+
+
+def jpegs_of(
+    live1: list[Source], condition: Condition, names: Sequence[str], prepared: Callable = as_it_is
+) -> np.ndarray:
     """The means of metrics of LIVE1's JPEGs."""
     metrics = {metric.name: metric for metric in find_metrics(MetricFiles(), torch.device("cpu"), wanted=names).single}
     values = []
     for source in live1:
         assert source.clean is not None
-        degraded = compressed(read_clean(source.clean), condition, "4:2:0", source.name)
+        degraded = compressed(prepared(read_clean(source.clean)), condition, "4:2:0", source.name)
         values.append([metrics[name].measure(degraded.pixels, degraded.clean) for name in names])
     assert len(values) == 29
     return np.mean(values, axis=0)
@@ -169,3 +175,27 @@ def test_doubly_compressed_jpegs_have_driftrecs_figures(live1: list[Source], con
     expected = np.array([row.values[name] for name in ("ssim_9", "psnr", "psnr_b")])
     found = jpegs_of(live1, condition, ("ssim_9", "psnr", "psnr_b"))
     assert (np.abs(found - expected) < (0.0065, 0.1, 0.1)).all(), (found, expected)
+
+
+def whole_blocks(clean: torch.Tensor) -> torch.Tensor:
+    """Resized to multiples of 8, as CODiff's evaluation does."""
+    picture = Image.fromarray((clean[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    size = (picture.width // 8 * 8, picture.height // 8 * 8)
+    resized = picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
+
+
+CODIFF = ("lpips_alex", "dists", "musiq", "maniqa", "clipiqa")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quality", [5, 10, 20])
+def test_jpegs_have_codiffs_figures(live1: list[Source], quality: int) -> None:
+    """The five metrics are the variants of CODiff's Table 1, which needs pyiqa with all of their weights."""
+    missing = find_metrics(MetricFiles(), torch.device("cpu"), wanted=CODIFF).missing
+    if missing:
+        pytest.skip("; ".join(f"{metric.label} is not at hand: {metric.reason}" for metric in missing))
+    (row,) = [row for row in published_rows("single", live1, "4:2:0")
+              if (row.method, row.condition) == ("JPEG", str(quality))]  # fmt: skip
+    found = jpegs_of(live1, Condition(str(quality), quality), CODIFF, whole_blocks)
+    assert found == pytest.approx([row.values[name] for name in CODIFF], rel=0.01)

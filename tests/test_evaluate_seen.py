@@ -92,7 +92,7 @@ def test_the_quality_alone_shows_and_names_nothing_of_pictures(
     arguments = ["--data", clean, "--restorer", *restorers, "--protocol", "quality", "--qualities", 20, "--output"]
     assert evaluate(monkeypatch, *arguments, output, "--device", "cpu") == 1
     shown, page = capsys.readouterr(), (output / "report.html").read_text(encoding="utf-8")
-    assert "Not measured" not in shown.out + page and "0picture" not in shown.err and "What was measured" not in page
+    assert "Not measured" not in shown.out + page and "0picture [" not in shown.err and "What was measured" not in page
     assert shown.out.count("left out: broken.png") == 1 and page.count("<li>broken.png: ") == 1
     assert "<tr><th>JPEG quality</th><th>starter-quality</th><th>quality</th></tr>" in page
     assert page.count("<b>") == 1 and "| JPEG quality |" in shown.out

@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from training.evaluate.examples import Examples, choosing_metric
+from training.evaluate.finders import without_clean
 from training.evaluate.metrics import Metrics, find_metrics
 from training.evaluate.options import EvaluateOptions
 from training.evaluate.pictures import Source, find_sources
@@ -104,6 +105,7 @@ def evaluate(options: EvaluateOptions, command: str = "") -> Results | None:
     if "embeddings" in options.protocol:
         results.embeddings = map_embeddings(options, restorers, sources, device, runner.left_out)
     results.left_out += runner.left_out.items()
+    results.missing += runner.not_measured()
     print(f"\n{to_text(results)}", flush=True)
     _write(options.output, results, parts, runner)
     return results
@@ -115,7 +117,7 @@ def _runner(
 ) -> Runner:  # fmt: skip
     chooses = choosing_metric(metrics.single, options.worst_by) if parts else None
     store = Store(options.output, metrics, rank)
-    examples = Examples(options.output, options.examples, chooses, rank)
+    examples = Examples(options.output, options.examples, chooses)
     return Runner(sources, options.subsampling, metrics, store, examples, loading)
 
 
@@ -147,11 +149,7 @@ def _metrics(options: EvaluateOptions, device: torch.device) -> Metrics:
     """What can be measured; without clean pictures only what needs none."""
     also = [name for protocol in options.protocol for name in ALSO_MEASURED.get(protocol, ())]
     metrics = find_metrics(options.files, device, wanted=options.metrics or None, also=() if options.metrics else also)
-    if options.data is not None:
-        return metrics
-    return dataclasses.replace(
-        metrics, single=tuple(metric for metric in metrics.single if not metric.reference), sets=()
-    )
+    return metrics if options.data is not None else without_clean(metrics)
 
 
 def _results(

@@ -1,12 +1,14 @@
-"""Pictures for the report: for each restorer and condition the first ones, and those it does the least good."""
+"""Pictures for the report: for each restorer and condition the first ones, and those it does the least good.
+
+Which ones is chosen from the figures when the report is written. What restored pictures look like is kept for those
+that may be chosen, under the key of their measurement; the rest of a picture can be made again at any time.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import bisect
 import io
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +18,20 @@ from PIL import Image
 from torch import Tensor
 
 from training.evaluate.metrics import Metric
-from training.evaluate.pictures import Degraded
-from training.evaluate.store import Measurement
+from training.evaluate.store import Key, Measurement
 
-_SIDE = 560
+_SIDE = 320
 """Larger pictures are shown by a square in their middle: shrunk, they would not show what happened."""
-_WEBP_QUALITY = 85
-_NAME = "examples"
+_FOLDER = "crops"
 _PREFERRED = ("lpips_alex", "lpips_squeeze", "psnr", "niqe", "bef")
+_MOST_CONDITIONS = 6
+_MOST_EXAMPLES = 96
+"""In one report: lossless, each takes up to 1 MB of it."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture of the report, as WebP files.
+    """One picture of the report, as WebP files without loss.
 
     Args:
         picture: Its name.
@@ -51,6 +54,16 @@ class Example:
     clean: bytes | None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A measurement whose picture the report shows; the rest as in `Example`."""
+
+    measurement: Measurement
+    first: bool
+    worst: bool
+    gain: float
+
+
 def choosing_metric(metrics: Sequence[Metric], wanted: str | None) -> Metric | None:
     """The metric by which pictures are the worst; None where nothing is measured.
 
@@ -60,67 +73,63 @@ def choosing_metric(metrics: Sequence[Metric], wanted: str | None) -> Metric | N
     known = {metric.name: metric for metric in metrics}
     if wanted is not None and wanted not in known:
         raise ValueError(f"--worst-by: expected a metric that is measured ({', '.join(known)}), got {wanted}.")
-    names = [wanted] if wanted is not None else [name for name in _PREFERRED if name in known]
+    names = [wanted] if wanted is not None else [*(name for name in _PREFERRED if name in known), *known]
     return known[names[0]] if names else None
 
 
+def shown_conditions(labels: Sequence[str], restorers: int, count: int) -> list[str]:
+    """The conditions that have pictures in the report, spread over all of them, so that its size is bounded.
+
+    Args:
+        labels: Of all conditions, in their order.
+        restorers: How many have pictures under each.
+        count: Pictures for each restorer and condition.
+    """
+    fitting = _MOST_EXAMPLES // max(1, restorers * count)
+    most = min(len(labels), _MOST_CONDITIONS, max(1, fitting))
+    return [labels[int(index)] for index in np.linspace(0, len(labels) - 1, most).round()]
+
+
 class Examples:
-    """A folder of them, kept small while an evaluation runs.
+    """Chooses pictures, and keeps what restored ones look like.
 
     Args:
         parent: Of the folder, which is made when the first one comes.
         count: For each restorer and condition; the odd one is a worst one.
-        metric: Chooses the worst; None: none are kept.
-        rank: Of this process; each keeps its own, and `chosen` looks at those of all.
+        metric: Chooses the worst; None: there are no pictures.
     """
 
-    def __init__(self, parent: Path, count: int, metric: Metric | None, rank: int = 0) -> None:
-        self.parent, self.metric = parent, metric
-        self.folder = parent / (f"{_NAME}-{rank}" if rank else _NAME)
-        self.first, self.worst = (count // 2, count - count // 2) if metric is not None else (0, 0)
+    def __init__(self, parent: Path, count: int, metric: Metric | None) -> None:
+        self.folder, self.metric = parent / _FOLDER, metric
+        self.count = count if metric is not None else 0
+        self._gains: dict[tuple[str, str], list[float]] = {}
 
-    def consider(self, measurement: Measurement, jpeg: Measurement | None, degraded: Degraded, image: Tensor) -> None:
-        """Keep a restored picture (1, 3, H, W) if it is one of the first or of the worst so far."""
+    def consider(self, measurement: Measurement, jpeg: Measurement | None, image: Tensor) -> None:
+        """Keep a restored picture (1, 3, H, W) that may be chosen: until now few gained less."""
         gain = self.gain(measurement, jpeg)
-        if gain is None or measurement.key == (jpeg.key if jpeg else None):
+        if gain is None:
             return
-        folder = self.folder / _place(measurement.key.system, measurement.key.condition)
-        there = _index(folder)
-        first = sum(not entry["worst"] for entry in there.values()) < self.first
-        worst = sorted((entry["gain"], name) for name, entry in there.items() if entry["worst"])
-        if not first and len(worst) >= self.worst:
-            if not worst or gain >= worst[-1][0]:
-                return
-            _remove(folder, worst[-1][1])
-        _write(folder, measurement.key.picture, gain, worst=not first, pictures={
-            "before": degraded.pixels, "after": image, **({} if degraded.clean is None else {"clean": degraded.clean}),
-        })  # fmt: skip
+        gains = self._gains.setdefault((measurement.key.system, measurement.key.condition), [])
+        if bisect.bisect_right(gains, gain) < self.count:
+            self.keep(measurement.key, image)
+        bisect.insort(gains, gain)
 
-    def chosen(self, system: str, condition: str, gains: Mapping[str, float]) -> list[Example]:
-        """The examples of a system under a condition, the first ones first, then from the worst on.
+    def choose(self, measurements: Sequence[Measurement], jpegs: Mapping[str, Measurement]) -> list[Choice]:
+        """What the report shows of a restorer under a condition: the first ones, then from the worst on.
 
         Where some of the first are among the worst, too, the next worst fill up the number.
 
         Args:
-            system: Its identity.
-            condition: Its label.
-            gains: Name -> `gain` of every picture that was measured; others are not shown.
+            measurements: Of all its pictures, in their order.
+            jpegs: Picture -> the measurement of the JPEG.
         """
-        if self.metric is None:
-            return []
-        folders = [folder / _place(system, condition) for folder in sorted(self.parent.glob(f"{_NAME}*"))]
-        found = [(folder, name, entry) for folder in folders for name, entry in _index(folder).items()
-                 if entry["picture"] in gains]  # fmt: skip
-        first = sorted((item for item in found if not item[2]["worst"]), key=lambda item: item[2]["picture"])
-        taken = {entry["picture"] for _, _, entry in first[: self.first]}
-        least = sorted(gains, key=lambda picture: gains[picture])[: self.worst]
-        worst = sorted((item for item in found if item[2]["picture"] not in taken),
-                       key=lambda item: gains[item[2]["picture"]])  # fmt: skip
-        return [
-            Example(picture := entry["picture"], picture in taken, picture in least, self.metric.name, gains[picture],
-                    _bytes(folder, name, "before"), _bytes(folder, name, "after"), _clean(folder, name))
-            for folder, name, entry in (*first[: self.first], *worst[: self.worst])
-        ]  # fmt: skip
+        known = [(found, gain) for found in measurements
+                 if (gain := self.gain(found, jpegs.get(found.key.picture))) is not None]  # fmt: skip
+        by_gain = sorted(range(len(known)), key=lambda index: known[index][1])
+        first = range(min(self.count // 2, len(known)))
+        worst = self.count - self.count // 2
+        indices = [*first, *[index for index in by_gain if index not in first][:worst]]
+        return [Choice(known[index][0], index in first, index in by_gain[:worst], known[index][1]) for index in indices]
 
     def gain(self, measurement: Measurement, jpeg: Measurement | None) -> float | None:
         """By how much a picture is better than the JPEG, in the metric that chooses; None where nobody knows."""
@@ -132,44 +141,30 @@ class Examples:
         difference = values[0] - values[1]
         return difference if self.metric.better == "higher" else -difference
 
+    def keep(self, key: Key, image: Tensor) -> None:
+        """Keep what a restored picture (1, 3, H, W) looks like."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(key)
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        temporary.write_bytes(as_webp(image))
+        os.replace(temporary, path)
 
-def _place(system: str, condition: str) -> Path:
-    return Path(system) / re.sub(r"[^0-9A-Za-z]+", "-", condition)
+    def kept(self, key: Key) -> bytes | None:
+        """What a restored picture looks like, if that was kept."""
+        try:
+            return self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
 
-
-def _index(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
-
-
-def _write(folder: Path, picture: str, gain: float, *, worst: bool, pictures: dict[str, Tensor]) -> None:
-    """The pictures first, the entry that makes them count last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = hashlib.blake2b(picture.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    for kind, image in pictures.items():
-        (folder / f"{name}.{kind}.webp").write_bytes(_webp(image))
-    temporary = folder / f"{name}.part"
-    temporary.write_text(json.dumps({"picture": picture, "worst": worst, "gain": gain}), encoding="utf-8")
-    os.replace(temporary, folder / f"{name}.json")
-
-
-def _remove(folder: Path, name: str) -> None:
-    for kind in ("json", "before.webp", "after.webp", "clean.webp"):
-        (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    def _path(self, key: Key) -> Path:
+        return self.folder / f"{key.short()}.webp"
 
 
-def _bytes(folder: Path, name: str, kind: str) -> bytes:
-    return (folder / f"{name}.{kind}.webp").read_bytes()
-
-
-def _clean(folder: Path, name: str) -> bytes | None:
-    return _bytes(folder, name, "clean") if (folder / f"{name}.clean.webp").exists() else None
-
-
-def _webp(image: Tensor) -> bytes:
-    """The middle of a picture (1, 3, H, W)."""
+def as_webp(image: Tensor) -> bytes:
+    """The middle of a picture (1, 3, H, W), without loss."""
     top, left = (max(0, length - _SIDE) // 2 for length in image.shape[-2:])
     window = image[0, :, top : top + _SIDE, left : left + _SIDE].cpu()
     levels: np.ndarray = (window * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(levels).save(buffer, "WEBP", quality=_WEBP_QUALITY, method=4)
+    Image.fromarray(levels).save(buffer, "WEBP", lossless=True, method=4)
     return buffer.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,9 +17,18 @@ from restoration.dists import load_dists
 from restoration.lpips import load_lpips_squeeze
 from restoration.niqe import load_niqe
 from training.evaluate.alexnet_lpips import load_alexnet_lpips
+from training.evaluate.digests import weights_variant
 from training.evaluate.distributions import fid, kid
 from training.evaluate.inception import WEIGHTS, load_inception
-from training.evaluate.metrics import LABELS, Metric, MetricFiles, MissingMetric, NotMeasuredError, SetMetric
+from training.evaluate.metrics import (
+    LABELS,
+    Metric,
+    MetricFiles,
+    Metrics,
+    MissingMetric,
+    NotMeasuredError,
+    SetMetric,
+)
 from training.evaluate.paper_metrics import gaussian_ssim, luma_psnr_b
 from training.evaluate.pyiqa_metrics import Unavailable, create
 
@@ -90,7 +100,8 @@ def find_single(name: str, files: MetricFiles, device: torch.device) -> Metric |
     if name in _OWN:
         compare = _own(name, files, device)
         if compare is not None:
-            return _metric(name, _OWN[name], compare)
+            row, weights = _OWN[name], weights_variant(_weights_of(name, files))
+            return _metric(name, row._replace(variant=f"{row.variant}, {weights}"), compare)
         reasons.append(_LACKING[name])
     if name in _PYIQA:
         found = create(name, device)
@@ -111,7 +122,7 @@ def find_sets(names: Sequence[str], files: MetricFiles, device: torch.device) ->
         return []
     if files.inception is None:
         return [MissingMetric(LABELS[name], f"give --weights.inception {WEIGHTS}") for name in names]
-    network = load_inception(files.inception).to(device)
+    network, weights = load_inception(files.inception).to(device), weights_variant([files.inception])
 
     @torch.inference_mode()
     def features(picture: Tensor) -> np.ndarray:
@@ -119,8 +130,19 @@ def find_sets(names: Sequence[str], files: MetricFiles, device: torch.device) ->
         return network(picture)[0].double().cpu().numpy()
 
     rows = ((name, *_SETS[name]) for name in names)
-    return [SetMetric(name, LABELS[name], row.variant, row.better, row.digits, features, distance)
-            for name, distance, row in rows]  # fmt: skip
+    return [
+        SetMetric(name, LABELS[name], f"{row.variant}, {weights}", row.better, row.digits, features, distance,
+                  f"inception-{weights.split()[-1]}")
+        for name, distance, row in rows
+    ]  # fmt: skip
+
+
+def without_clean(metrics: Metrics) -> Metrics:
+    """What can be measured of pictures whose originals nobody has; the rest is missing."""
+    gone = [metric for metric in (*metrics.single, *metrics.sets) if isinstance(metric, SetMetric) or metric.reference]
+    missing = [MissingMetric(metric.label, "it compares with clean pictures: give --data") for metric in gone]
+    single = tuple(metric for metric in metrics.single if not metric.reference)
+    return Metrics(single, (), (*metrics.missing, *missing))
 
 
 _LACKING = {
@@ -129,6 +151,13 @@ _LACKING = {
     "dists": "give both --weights.dists weights.pt and --weights.vgg16 vgg16-397923af.pth",
     "niqe": "give --weights.niqe niqe_pris_params.npz",
 }
+
+
+def _weights_of(name: str, files: MetricFiles) -> list[Path]:
+    """The files of the pack's own network."""
+    found = {"lpips_squeeze": [files.lpips], "lpips_alex": [files.lpips_alex, files.alexnet],
+             "dists": [files.dists, files.vgg16], "niqe": [files.niqe]}  # fmt: skip
+    return [path for path in found[name] if path is not None]
 
 
 def _own(name: str, files: MetricFiles, device: torch.device) -> Compare | None:

@@ -105,6 +105,7 @@ class SetMetric:
             very same function, so that features may be kept.
         distance: From the features (N, D) of pictures and (M, D) of clean ones to a number. Raises `NotMeasuredError`
             where the sets are too small.
+        network: A short name of what `features` runs, with its weights, for files' names.
     """
 
     name: str
@@ -114,6 +115,7 @@ class SetMetric:
     digits: int
     features: Callable[[Tensor], np.ndarray]
     distance: Callable[[np.ndarray, np.ndarray], float]
+    network: str
 
 
 @dataclass(frozen=True)

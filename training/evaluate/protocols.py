@@ -43,7 +43,7 @@ PICTURE_PROTOCOLS = {
     "samplers": Protocol(
         "Samplers",
         "The same restorer, sampled in other ways (DriftRec, Table VI). Evaluations are of the network, for a whole "
-        "picture.",
+        "picture: all its samples, and each once, in however many tiles it runs.",
         None,
     ),
     "averaging": Protocol(

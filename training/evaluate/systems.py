@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from restoration import pipelines, prior_pipeline
+from restoration.diffusion.samplers import SamplerStep
 from restoration.jpeg import JPEGConstraint
-from restoration.networks.adm_unet import ADMUNet
-from restoration.networks.ddpm_unet import DDPMUNet
-from restoration.networks.ncsnpp import NCSNpp
 from restoration.restorer_file import RestorerMetadata, read_metadata, read_restorer
+from training.evaluate.digests import file_digest
 from training.evaluate.options import SystemSettings
 from training.evaluate.pictures import Degraded
 from training.given_files import check_given
@@ -27,13 +27,13 @@ from training.restore.picture import RestorePicture
 from training.restore.settings import RestoreSettings
 
 JPEG = "JPEG"
-_COUNTED = (NCSNpp, ADMUNet, DDPMUNet)
 _SAMPLERS = (
     *(("euler_maruyama", 100), ("euler_heun", 100), ("ode_1", 10), ("ode_2m", 5), ("ode_2m", 10), ("ode_2m", 20)),
     *(("sde_2m", 10), ("sde_2m", 20), ("rk45", None)),
 )
 """Samplers and steps of the protocol `samplers`: the paper's first two, what this pack adds, and its adaptive one."""
 _SAMPLES = (1, 2, 4, 8, 16)
+_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,29 @@ class System:
     value: float | None = None
 
     def identity(self, dtype: str, base: str | None) -> str:
-        """A short name of everything that its results depend on."""
+        """A short name of the restorer and how it runs, on whatever machine.
+
+        Args:
+            dtype: Of the networks.
+            base: Digest of the base model, which counts only where the restorer adapts one.
+        """
         if self.restorer is None:
             return JPEG
-        facts = [self.restorer.digest, dataclasses.asdict(self.settings), dtype, base]
+        adapted = None if self.restorer.metadata.base is None else base
+        facts = [self.restorer.digest, dataclasses.asdict(self.settings), dtype, adapted]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A restored picture (1, 3, H, W) on the CPU, and how often the network was evaluated, where that is counted."""
+    """A restored picture (1, 3, H, W) on the CPU, and how often the network was evaluated; None for the JPEG."""
 
     image: Tensor
     evaluations: int | None
 
 
 def read_restorers(paths: Sequence[Path]) -> list[RestorerOnDisk]:
-    """Restorer files by their descriptions; labels are file names, made longer where two are alike.
+    """Restorer files by their descriptions, each once; labels are file names, made longer where two are alike.
 
     Raises:
         RestorerFileError: A file is none.
@@ -87,12 +93,25 @@ def read_restorers(paths: Sequence[Path]) -> list[RestorerOnDisk]:
     """
     for path in paths:
         check_given(path, "--restorer")
-    stems = [path.stem for path in paths]
-    labels = [path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}" for path in paths]
+    paths = list({path.absolute(): path for path in paths}.values())
+    digests = [file_digest(path) for path in paths]
     return [
-        RestorerOnDisk(path, label, read_metadata(path), _digest(path))
-        for path, label in zip(paths, labels, strict=True)
+        RestorerOnDisk(path, label, read_metadata(path), digest)
+        for path, label, digest in zip(paths, _labels(paths, digests), digests, strict=True)
     ]
+
+
+def _labels(paths: Sequence[Path], digests: Sequence[str]) -> list[str]:
+    """Names without ending, with as many folders before them as tell them apart, from each other and from the JPEG."""
+    whole = [path.absolute().with_suffix("").parts for path in paths]
+    labels = [parts[-1] for parts in whole]
+    for length in range(2, max(map(len, whole), default=0) + 1):
+        alike = [label == JPEG or labels.count(label) > 1 for label in labels]
+        labels = ["/".join(parts[-length:]) if same else label
+                  for label, parts, same in zip(labels, whole, alike, strict=True)]  # fmt: skip
+    alike = [labels.count(label) > 1 for label in labels]
+    return [f"{path.stem} {digest[:_DIGITS]}" if same else label
+            for path, label, digest, same in zip(paths, labels, digests, alike, strict=True)]  # fmt: skip
 
 
 def systems_of(protocol: str, restorers: Sequence[RestorerOnDisk], settings: SystemSettings) -> list[System]:
@@ -177,29 +196,38 @@ def run_system(restore: RestorePicture | None, degraded: Degraded, *, consistenc
     if restore is None:
         return Restored(degraded.pixels, None)
     constraint = JPEGConstraint(degraded.jpeg) if consistency and degraded.jpeg is not None else None
-    with torch.inference_mode(), counting(*_COUNTED) as count:
+    with torch.inference_mode(), counting() as count:
         image = restore(degraded.pixels, degraded.jpeg, constraint)
-    return Restored(image.cpu(), count["calls"] or None)
+    return Restored(image.cpu(), sum(count) or 1)
 
 
 @contextmanager
-def counting(*kinds: type[nn.Module]) -> Iterator[dict[str, int]]:
-    """How often modules of these kinds run meanwhile, whoever calls them."""
-    count = {"calls": 0}
+def counting() -> Iterator[list[int]]:
+    """Evaluations of the network meanwhile, a number for each sample that is drawn, as its sampler counts them.
 
-    def hook(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        count["calls"] += isinstance(module, kinds)
-
-    handle = nn.modules.module.register_module_forward_hook(hook)
+    An evaluation is one of the whole picture, whatever tiles it runs in; a sample that starts again, because memory ran
+    out, counts once. Families without a sampler evaluate once, and give no number here.
+    """
+    count: list[int] = []
+    samplers = pipelines.sample, prior_pipeline.sample_ddrm
+    pipelines.sample, prior_pipeline.sample_ddrm = (_counted(sampler, count) for sampler in samplers)
     try:
         yield count
     finally:
-        handle.remove()
+        pipelines.sample, prior_pipeline.sample_ddrm = samplers
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+def _counted(sampler: Callable[..., Tensor], count: list[int]) -> Callable[..., Tensor]:
+    def sample(*arguments: Any, callback: Callable[[SamplerStep], None], **settings: Any) -> Tensor:
+        last = 0
+
+        def note(step: SamplerStep) -> None:
+            nonlocal last
+            last = step.index
+            callback(step)
+
+        sampled = sampler(*arguments, callback=note, **settings)
+        count.append(last)
+        return sampled
+
+    return sample

@@ -168,7 +168,7 @@ def _pictures(results: Results, examples_of: ExamplesOf) -> str:
         return ""
     with_pictures = {condition for _, condition in shown}
     without = [label for label in dict.fromkeys(row.condition for row in results.rows) if label not in with_pictures]
-    others = f" The others have none here: {escape(', '.join(without))}." if without else ""
+    others = f" There are none for: {escape(', '.join(without))}." if without else ""
     return (
         "<section><h2>Pictures</h2><p>Left of the line the JPEG, right of it the restoration; drag to move it, and "
         f"hold <i>original</i> to compare. Large pictures show their middle.{others}</p>{''.join(parts)}</section>"

@@ -293,7 +293,7 @@ def test_pictures_of_the_report_are_whole_and_their_number_bounded(
     assert np.array_equal(decoded, data.astronaut()[40:360, :300])
     labels = [str(number) for number in range(11)]
     assert shown_conditions(labels, 1, 4) == ["0", "2", "4", "6", "8", "10"]
-    assert shown_conditions(labels, 12, 4) == ["0", "10"] and shown_conditions(labels[:2], 100, 4) == ["0"]
+    assert shown_conditions(labels, 8, 4) == ["0", "10"] and shown_conditions(labels[:2], 100, 4) == ["0"]
     assert shown_conditions([], 1, 4) == []
     evaluate("--data", clean, "--limit", 1, "--restorer", mine, "--metrics", "psnr", "--qualities", *range(10, 90, 10))
     page = page_of(tmp_path)

@@ -25,8 +25,8 @@ _SIDE = 320
 _FOLDER = "crops"
 _PREFERRED = ("lpips_alex", "lpips_squeeze", "psnr", "niqe", "bef")
 _MOST_CONDITIONS = 6
-_MOST_EXAMPLES = 96
-"""In one report: lossless, each takes up to 1 MB of it."""
+_MOST_EXAMPLES = 64
+"""In one report: without loss each takes about half a MB of it."""
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .jpeg import MAX_PIXELS
 from .jpeg.file import refusing_truncated_files
+from .upright import upright
 
 _STARTS = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
@@ -21,7 +21,6 @@ _STARTS = {
     "BMP": (b"BM",),
     "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
 }
-_FAILURES = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class PictureError(ValueError):
@@ -56,10 +55,10 @@ def read_picture(path: str | os.PathLike[str]) -> Tensor:
         with Image.open(io.BytesIO(Path(path).read_bytes()), formats=(kind,)) as opened, refusing_truncated_files():
             _check(opened, name)
             opened.load()
-            levels = _levels(_upright(opened))
-    except PictureError:
+            levels = _levels(upright(opened))
+    except (PictureError, MemoryError):
         raise
-    except _FAILURES as error:
+    except Exception as error:  # Pillow's readers let through whatever comes of a broken file
         reason = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else str(error)
         raise PictureError(f"{name} is cut short or damaged ({reason}): get a complete copy of the file") from error
     return torch.from_numpy(levels).movedim(-1, 0).float().div_(255)
@@ -73,14 +72,6 @@ def _check(picture: Image.Image, name: str) -> None:
         )
     if picture.mode in ("I", "F") and picture.format != "PNG":
         raise PictureError(f"{name} has 32 bits a channel where 8 or 16 were expected: save it with fewer")
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as EXIF says; as it is where it has EXIF data that cannot be read."""
-    try:
-        return ImageOps.exif_transpose(picture)
-    except _FAILURES:
-        return picture
 
 
 def _levels(picture: Image.Image) -> np.ndarray:

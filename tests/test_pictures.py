@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from restoration.pictures import PictureError, picture_format, read_picture
 from training.data.pictures import load_image
@@ -111,3 +112,25 @@ def test_32_bits_and_huge_promises_are_refused(tmp_path, monkeypatch):
 def test_exif_that_cannot_be_read_does_not_matter(tmp_path):
     path = saved(tmp_path, "png", Image.fromarray(LEVELS[..., :3]), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert np.array_equal(levels(path), LEVELS[..., :3])
+
+
+def test_exif_that_cannot_be_written_anew_does_not_matter(tmp_path):
+    """A resolution of one byte in place of a fraction, over which Pillow's own turning falls with a TypeError."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    odd = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x01")
+    assert odd != exif.tobytes()
+    path = saved(tmp_path, "png", Image.fromarray(LEVELS[..., :3]), exif=odd)
+    assert np.array_equal(levels(path), np.rot90(LEVELS[..., :3], -1))
+    assert np.array_equal(levels(path), load_image(path))
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, IndexError, AttributeError, OverflowError])
+def test_whatever_a_broken_file_brings_is_one_sentence(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error("odd")
+
+    path = saved(tmp_path, "png", Image.fromarray(LEVELS[..., :3]))
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    with pytest.raises(PictureError, match="is cut short or damaged"):
+        read_picture(path)

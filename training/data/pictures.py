@@ -12,18 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from restoration.upright import upright
 from training.data.reading import ForbiddenFileError, UnreadableError, patiently, read_file
 from training.data.shards import find_members, is_shards, shard_of
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 _READERS = 8
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-"""EXIF's orientation -> what turns a picture upright."""
 
 
 class BrokenPictureError(ValueError):
@@ -148,18 +142,7 @@ def opened(source: Path | bytes) -> Iterator[Image.Image]:
 def upright_rgb(picture: Image.Image) -> np.ndarray:
     """What `load_image` gives of an opened picture."""
     picture.load()
-    turn = _turn(picture)
-    turned = picture if turn is None else picture.transpose(turn)
+    turned = upright(picture)
     if turned.mode.startswith("I;16"):
         return np.repeat((np.asarray(turned).astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     return np.array(turned.convert("RGB"))
-
-
-def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What turns a picture upright; None where its EXIF does not say, or cannot be read."""
-    try:
-        return _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
-    except MemoryError:
-        raise
-    except Exception:  # of broken EXIF, Pillow lets through whatever comes
-        return None

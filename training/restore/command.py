@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from restoration.restorer_file import read_metadata
+from training.given_files import check_given
 from training.restore.families import DTYPES, Loading, check_family
 from training.restore.plan import Plan, make_plan, output_kind
 from training.restore.saving import NoRoomError, OutputFormat, check_writable
@@ -129,6 +130,7 @@ def _planned(options: RestoreOptions) -> tuple[Plan, Work]:
     if options.jobs < 1:
         raise ValueError(f"expected --jobs of at least 1, got {options.jobs}.")
     loading = Loading(options.settings, choose_device(options.device, 0), DTYPES.get(options.dtype), options.base)
+    check_given(options.restorer, "--restorer")
     check_family(read_metadata(options.restorer), options.restorer.name, loading)
     kind = output_kind(options.input, options.output, options.format)
     if options.jpeg_quality is not None and kind != "jpeg":

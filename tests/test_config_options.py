@@ -99,7 +99,7 @@ def test_words_become_values_of_the_fields_type_or_are_refused(kind: Any, words:
         (tuple[int, ...], [5, None], WRONG), (tuple[float, float], [1, 2], (1.0, 2.0)),
         (dict[str, float], {1: 2}, WRONG), (dict[str, float], {"a": "b"}, WRONG),
         (Literal["no", "bf16"], False, "no"), (Literal["yes"], True, WRONG), (Path, "~/x", Path.home() / "x"),
-        (float, 10**400, WRONG), (int, "9" * 5000, WRONG),
+        pytest.param(float, 10**400, WRONG, id="no float"), pytest.param(int, "9" * 5000, WRONG, id="too long"),
     ],
 )  # fmt: skip
 def test_values_of_yaml_become_values_of_the_fields_type_or_are_refused(kind: Any, given: Any, value: Any) -> None:

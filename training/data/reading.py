@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,32 +43,31 @@ def read_file(path: Path) -> bytes:
     return patiently(read, path)
 
 
-def patiently(read: Callable[[], R], path: Path, waits: Sequence[float] = _WAITS) -> R:
+def patiently(read: Callable[[], R], path: Path) -> R:
     """What `read` gives; where the disk does not answer, it is called again.
 
     Args:
         read: Reads the file.
         path: The file, for messages.
-        waits: Seconds before each further call.
 
     Raises:
         UnreadableError: It still does not; one sentence says what to do.
         OSError: Without an `errno`, which is about what is in the file, at once.
     """
-    for wait in (*waits, None):
+    for wait in (*_WAITS, None):
         try:
             return read()
         except OSError as error:
             if error.errno is None:
                 raise
             if wait is None or error.errno in _REFUSED:
-                raise _refusal(path, error, 1 + len(waits)) from error
+                raise _refusal(path, error) from error
             logger.warning("%s: %s; it is tried again", path, error.strerror)
         time.sleep(wait)
     raise AssertionError("the last call returns or raises")
 
 
-def _refusal(path: Path, error: OSError, attempts: int) -> UnreadableError:
+def _refusal(path: Path, error: OSError) -> UnreadableError:
     """What is told of a file that the disk does not give."""
     place = Path(error.filename) if isinstance(error.filename, str) else path
     if error.errno in _REFUSED:
@@ -82,6 +81,6 @@ def _refusal(path: Path, error: OSError, attempts: int) -> UnreadableError:
             "command, which goes on where it stopped."
         )
     return UnreadableError(
-        f"{path} cannot be read ({error.strerror}), {attempts} times in a row: its disk or network does not answer. "
-        "When it does, repeat the command, which goes on where it stopped."
+        f"{path} cannot be read ({error.strerror}), {1 + len(_WAITS)} times in a row: its disk or network does not "
+        "answer. When it does, repeat the command, which goes on where it stopped."
     )

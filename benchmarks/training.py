@@ -31,6 +31,7 @@ from benchmarks.data import bundled_folder, measure_floor
 from restoration.devices import accelerator_available
 from training.commands import COMMANDS
 from training.configs.common import RunConfig, ValidationConfig
+from training.data.pairs import to_tensor
 from training.data.views import pairs_of, seen_side
 from training.loop.allocator import keep_freed_memory
 from training.loop.optimizers import make_optimizer
@@ -128,7 +129,8 @@ def _plain(session: Session, batch: dict[str, Any], seconds: float) -> Speed:
     task, device, config = session.task, session.state.device or torch.device("cpu"), session.config
     task.model.to(device).train()
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    task.look(batch["degraded"].cpu(), batch["clean"].cpu())
+    crops = [pairs_of(config, session.training).pair(index)[1] for index in range(config.run.batch)]
+    task.look(*(torch.stack([to_tensor(getattr(crop, side)) for crop in crops]) for side in ("image", "clean")))
     turns = [(task.model, task.loss, config.optimizer)]
     critics = []
     if task.critic is not None:

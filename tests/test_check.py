@@ -63,7 +63,7 @@ def test_pairs_of_which_the_network_sees_a_view_can_be_made_again(sound: Path, t
     options += ["--view.uncompressed", 0.4, "--run.output", tmp_path / "run", "--output", tmp_path / "check"]
     check("quality", "--preset", "starter", "--data.train", sound, "--pairs", 12, *options)
     pairs = check_made_again(tmp_path / "check", 12, side=64, times=3)
-    assert {entry["crop"] for entry in pairs} == {160, 80}
+    assert {80} < {entry["crop"] for entry in pairs} <= {80, 96, 112, 128, 144, 160}
     views = [entry["drawn"]["view"] for entry in pairs]
     assert {view["kind"] for view in views} == {"aligned", "misaligned", "resized"}
     assert {view["uncompressed"] for view in views} == {True, False}

@@ -87,8 +87,8 @@ def _lower(command: str, *, trains: bool) -> str:
         return _OTHERS.get(command, "Close other programs, or use a machine with more memory.")
     twice = ", turn on --gradient-checkpointing" if command in ("codiff", "saipe", "sodiff") else ""
     return (
-        f"Raise --run.accumulate (the same batch in smaller parts){twice}, lower --run.batch; or, for a new run, --data.crop or "
-        "the preset (`python -m training presets`). The last checkpoint is whole."
+        f"Raise --run.accumulate (the same batch in smaller parts){twice}, lower --run.batch; or, for a new run, "
+        "--data.crop or the preset (`python -m training presets`). The last checkpoint is whole."
     )
 
 

@@ -75,8 +75,8 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     def _item(self, index: int, path: Path, pair: DegradedCrop) -> dict[str, Any]:
         return {
-            "clean": _to_tensor(pair.clean),
-            "degraded": _to_tensor(pair.image),
+            "clean": to_tensor(pair.clean),
+            "degraded": to_tensor(pair.image),
             "quality": torch.tensor(float(pair.quality)),
             "index": index,
             "path": str(path),
@@ -248,7 +248,7 @@ class _PictureCache:
         self.__init__(capacity)
 
 
-def _to_tensor(picture: np.ndarray) -> torch.Tensor:
+def to_tensor(picture: np.ndarray) -> torch.Tensor:
     """(3, H, W) in [0, 1] of (H, W, 3) bytes."""
     planes = np.empty((picture.shape[2], *picture.shape[:2]), np.float32)
     for channel in range(len(planes)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,24 +27,25 @@ UNCOMPRESSED = 100
 class View:
     """One draw. `kind`: "aligned" is cut out on the block grid, "misaligned" anywhere, "resized" after it was shrunk.
 
-    `amount`, `top` and `left`, in [0, 1): how little it is shrunk, and where it is cut out. `uncompressed`: of the
-    clean picture.
+    `scale`: its sides after that, of those before. `top` and `left`, in [0, 1): where it is cut out. `uncompressed`:
+    of the clean picture.
     """
 
     kind: Literal["aligned", "misaligned", "resized"]
     uncompressed: bool
-    amount: float
+    scale: float
     top: float
     left: float
 
 
-def draw_view(config: ViewConfig, seed: int | Sequence[int]) -> View:
-    """The view that follows from the settings and a seed alone."""
+def draw_view(config: ViewConfig, crop: int, seed: int | Sequence[int]) -> View:
+    """The view that follows from the settings, the side of whole crops and a seed alone."""
     untouched, kind, amount, top, left = np.random.default_rng(seed).random(5).tolist()
     if kind < config.resized:
-        return View("resized", untouched < config.uncompressed, amount, top, left)
+        scale = (config.side + amount * (crop - config.side)) / crop
+        return View("resized", untouched < config.uncompressed, scale, top, left)
     misaligned = kind < config.resized + (1 - config.resized) * config.misaligned
-    return View("misaligned" if misaligned else "aligned", untouched < config.uncompressed, amount, top, left)
+    return View("misaligned" if misaligned else "aligned", untouched < config.uncompressed, 1.0, top, left)
 
 
 def see(image: np.ndarray, view: View, side: int) -> np.ndarray:
@@ -53,7 +55,7 @@ def see(image: np.ndarray, view: View, side: int) -> np.ndarray:
     """
     step = GRID if view.kind == "aligned" else 1
     if view.kind == "resized":
-        small = side + round(view.amount * (len(image) - side))
+        small = max(side, round(view.scale * len(image)))
         image = np.asarray(Image.fromarray(image).resize((small, small), Image.Resampling.BICUBIC))
     places = (len(image) - side) // step + 1
     row, column = (min(int(draw * places), places - 1) * step for draw in (view.top, view.left))
@@ -74,16 +76,16 @@ def seen_side(config: Any) -> int:
 
 
 class ViewedPairs(PairDataset):
-    """Pairs of `view.side`, of which `degraded` is what the network sees and `quality` what it is to say.
+    """Pairs of `view.side`, of which `degraded` is what the network sees and `quality` what it is to say; `clean` is no
+    part of an item.
 
-    Only what is shrunk needs a crop of `data.crop`. The others are cut out of one that is `GRID` pixels larger than
-    themselves, so that some edges are the JPEG's and some are not: a quarter of the work.
+    Only what is shrunk to `view.side` needs a crop of `data.crop`. The others are cut out of one that is about `GRID`
+    pixels larger than what is seen of it, so that some edges are the JPEG's and some are not: a quarter of the work.
     """
 
     def __init__(self, paths: Sequence[Path], data: DataConfig, seed: int, view: ViewConfig) -> None:
         super().__init__(paths, **pair_options(data, seed))
         self.view = view
-        self._small = replace(self.settings, crop=min(data.crop, view.side + GRID))
 
     def pair(self, index: int) -> tuple[Path, DegradedCrop]:
         path, pair = super().pair(index)
@@ -96,8 +98,14 @@ class ViewedPairs(PairDataset):
 
     def settings_of(self, index: int) -> CropSettings:
         """What is done to the picture of this index before the view is cut out."""
-        return self.settings if self.view_of(index).kind == "resized" else self._small
+        needed = self.view.side / self.view_of(index).scale + GRID
+        return replace(self.settings, crop=min(self.settings.crop, math.ceil(needed / GRID) * GRID))
 
     def view_of(self, index: int) -> View:
         """What of the pair is seen."""
-        return draw_view(self.view, [self.seed, 2, index])
+        return draw_view(self.view, self.settings.crop, [self.seed, 2, index])
+
+    def _item(self, index: int, path: Path, pair: DegradedCrop) -> dict[str, Any]:
+        item = super()._item(index, path, pair._replace(clean=pair.clean[:0]))
+        del item["clean"]
+        return item

@@ -14,6 +14,7 @@ from restoration.devices import accelerator_available
 from training.command_line.files import to_yaml
 from training.commands import COMMANDS
 from training.configs.places import check_places
+from training.data.pairs import to_tensor
 from training.data.pictures import find_images, scan_images
 from training.data.views import pairs_of
 from training.given_files import read_given
@@ -131,8 +132,10 @@ class Session:
         self.task.take_validation(validation.pictures)
         dataset = self.task.dataset(self.training, self.validation) or pairs_of(config, self.training)
         if not self.resuming and config.run.init_from is None:
-            crops = [dataset[index] for index in range(_LOOKED_AT)]
-            self.task.look(*(torch.stack([crop[key] for crop in crops]) for key in ("degraded", "clean")))
+            pairs = [dataset.pair(index)[1] for index in range(_LOOKED_AT)]
+            self.task.look(
+                *(torch.stack([to_tensor(getattr(pair, side)) for pair in pairs]) for side in ("image", "clean"))
+            )
         trainer = Trainer(
             self.task, dataset, config.data, config.optimizer, config.run, folder,
             lambda images, cut_short: validation(self.task, images, cut_short), config.validation.every,

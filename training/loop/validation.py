@@ -23,7 +23,7 @@ from training.trainers.task import Task
 HELD_OUT_EVERY = 25
 LOWER_IS_BETTER = ("lpips", "quality_error", "alignment")
 """Measures of which less is better."""
-_SECONDS = 30.0
+_SECONDS = 10.0
 """Between two lines that say how far a long validation is."""
 
 

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import nn
 
 from restoration.devices import accelerator_available
 from training.command_line.checks import leaves, value_of
 from training.command_line.files import to_plain
 from training.commands import COMMANDS
-from training.data.pictures import DECODE_ERRORS
+from training.data.pictures import DECODE_ERRORS, opened
 
 _FOR_GPUS = 20_000_000
 """Trained parameters above which a CPU takes many seconds for a step."""
@@ -58,9 +57,9 @@ def _poor(pictures: Sequence[Path]) -> tuple[int, int]:
     poor = looked_at = 0
     for path in files[:: max(1, len(files) // _LOOKED_AT)]:
         try:
-            with Image.open(path) as opened:
-                tables = getattr(opened, "quantization", None)
-        except DECODE_ERRORS:
+            with opened(path) as picture:
+                tables = getattr(picture, "quantization", None)
+        except (*DECODE_ERRORS, OSError):  # is told of when its turn comes
             continue
         if tables:
             looked_at += 1

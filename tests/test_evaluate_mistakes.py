@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from skimage import data
+from test_training_quality import SMALL
 
+from restoration.restorer_file import write_restorer
 from tests.conftest import write_regression
 from training.__main__ import main
+from training.configs.quality import PRESETS
+from training.evaluate.command import _finite
+from training.trainers.quality import QualityTask
 
 
 @pytest.fixture
@@ -66,3 +72,27 @@ def test_what_cannot_be_done_is_said_in_a_sentence_before_anything_runs(
     captured = capsys.readouterr()
     assert captured.err.startswith(f"training evaluate: {said.format(**world)}")
     assert not (world["out"] / "measurements.jsonl").exists()
+
+
+def test_files_that_only_tell_the_quality_go_along_with_restorers(
+    world: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each protocol asks those that it can, in one report; numbers beyond all bounds are null there."""
+    teller = write_quality(world["out"].with_suffix(".safetensors"))
+    options = ["--data", world["clean"], "--restorer", world["mine"], teller, "--protocol", "single", "quality"]
+    options += ["--qualities", 20, "--examples", 0, "--metrics", "psnr", "--output", world["out"]]
+    monkeypatch.setattr(sys, "argv", ["training", "evaluate", *map(str, options)])
+    assert main() == 0
+    said = capsys.readouterr().out
+    results = json.loads((world["out"] / "results.json").read_text(), parse_constant=pytest.fail)
+    assert {row["system"] for row in results["rows"]} == {"JPEG", "mine"}
+    assert "Mean absolute error of the JPEG quality" in said and said.rstrip().endswith("in a browser.")
+    assert [row["restorer"] for row in results["quality"]] == ["out"]
+    assert _finite({"a": [float("inf"), float("nan"), 1.5], "b": "x"}) == {"a": [None, None, 1.5], "b": "x"}
+
+
+def write_quality(path: Path) -> Path:
+    """A predictor of the quality alone, untrained."""
+    task = QualityTask(replace(PRESETS["starter"], network=SMALL))
+    write_restorer(path, task.metadata({}, "unknown"), task.tensors())
+    return path

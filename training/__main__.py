@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -44,6 +45,9 @@ _SECTIONS = {
 
 def main() -> int:
     """Run one command; what goes wrong ends with one message and an exit status above 0."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in a file on Windows, signs that its encoding lacks are "?"
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())

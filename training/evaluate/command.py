@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -30,10 +32,11 @@ from training.evaluate.seen_protocols import map_embeddings, measure_quality
 from training.evaluate.store import Store
 from training.evaluate.systems import RestorerOnDisk, check_system, read_restorers, systems_of
 from training.evaluate.tables import to_text
-from training.restore.families import DTYPES, Loading
+from training.restore.families import DTYPES, NO_RESTORERS, Loading
 from training.restore.settings import RestoreSettings
 from training.restore.workers import choose_device, rank_of, wait_for_all_ranks
 
+_WRITTEN = ("results.json", "results.csv", "report.html")
 _DESCRIPTION = """Measure restorers on a folder of clean pictures (they are compressed first), or on pictures that are
 degraded already. Prints a table and writes results.json, results.csv and report.html, which needs nothing beside it.
 What was measured is kept: repeat the command to go on where it stopped, or to add restorers and qualities.
@@ -106,8 +109,8 @@ def evaluate(options: EvaluateOptions, command: str = "") -> Results | None:
         results.embeddings = map_embeddings(options, restorers, sources, device, runner.left_out)
     results.left_out += runner.left_out.items()
     results.missing += runner.not_measured()
-    print(f"\n{to_text(results)}", flush=True)
     _write(options.output, results, parts, runner)
+    print(f"\n{to_text(results)}\n\n{_where(options.output)}", flush=True)
     return results
 
 
@@ -131,12 +134,15 @@ def _add_rows(results: Results, runner: Runner, parts: Sequence[Part], subsampli
 
 
 def _parts(options: EvaluateOptions, restorers: Sequence[RestorerOnDisk], loading: Loading) -> list[Part]:
-    """The work of all protocols, checked before any of it begins."""
-    for protocol in ("quality", "embeddings"):
-        if protocol in options.protocol:
-            seeing(protocol, restorers)
+    """The work of all protocols, checked before any of it begins. Files that only tell something of pictures are left
+    to the protocols that ask for that."""
+    asking = [protocol for protocol in ("quality", "embeddings") if protocol in options.protocol]
+    for protocol in asking:
+        seeing(protocol, restorers)
+    able = [restorer for restorer in restorers if restorer.metadata.family not in NO_RESTORERS]
+    restoring = able if asking and able else restorers
     parts = [
-        Part(protocol, systems_of(protocol, restorers, options.settings), conditions_of(protocol, options))
+        Part(protocol, systems_of(protocol, restoring, options.settings), conditions_of(protocol, options))
         for protocol in dict.fromkeys(options.protocol) if protocol in PICTURE_PROTOCOLS
     ]  # fmt: skip
     for part in parts:
@@ -175,16 +181,29 @@ def _results(
 def _write(folder: Path, results: Results, parts: Sequence[Part], runner: Runner) -> None:
     """All three files, each whole or not at all."""
     systems = {system.label: system for part in parts for system in part.systems}
-    texts = {
-        "results.json": json.dumps(results.to_json(), indent=1),
-        "results.csv": results.to_csv(),
-        "report.html": to_html(results, lambda row: runner.examples_of(systems[row.system], row.condition)),
-    }
-    for name, text in texts.items():
+    texts = (
+        json.dumps(_finite(results.to_json()), indent=1, allow_nan=False),
+        results.to_csv(),
+        to_html(results, lambda row: runner.examples_of(systems[row.system], row.condition)),
+    )
+    for name, text in zip(_WRITTEN, texts, strict=True):
         temporary = folder / f"{name}.part"
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, folder / name)
-    print(f"\nWrote {', '.join(texts)} to {folder}. Open {folder / 'report.html'} in a browser.", flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no numbers beyond all bounds, and none that are none: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _where(folder: Path) -> str:
+    names = ", ".join(_WRITTEN)
+    return f"Wrote {names} to {folder}. Open {folder / 'report.html'} in a browser."
 
 
 def _device_name(device: torch.device) -> str:

@@ -37,13 +37,14 @@ _TAKEN = {
 }
 """Family -> the settings that it has beside those of all."""
 _ONE_STEP = ("codiff", "sodiff")
-_NO_RESTORERS = {
+NO_RESTORERS = {
     "quality": "it tells the quality of pictures and restores none",
     "saipe": "it is the first stage of SODiff alone, which restores nothing: train the second (python -m training "
     "sodiff --saipe)",
     "cave": "it is the first stage of CODiff alone, which restores nothing: train the second (python -m training "
     "codiff --cave)",
 }
+"""Family -> why its files restore nothing."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def check_family(metadata: RestorerMetadata, name: str, loading: Loading) -> Non
     """
     family, base = metadata.family, loading.base
     if family not in _TAKEN:
-        reason = _NO_RESTORERS.get(family, "this version does not know how to use it")
+        reason = NO_RESTORERS.get(family, "this version does not know how to use it")
         raise ValueError(f"{name} is of the family {family}: {reason}. Give --restorer one of {', '.join(_TAKEN)}.")
     if metadata.base is not None and base is None:
         raise ValueError(

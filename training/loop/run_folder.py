@@ -151,17 +151,18 @@ class RunFolder:
         return better and images > 0
 
     def save(self, state: dict[str, Any], *, keep: bool = False) -> None:
-        """Replace the checkpoint; with `keep` a copy of it stays, and old ones of those leave.
+        """Replace the checkpoint; with `keep` another copy of it stays, and old ones of those leave.
 
         Raises:
             CheckpointError: It cannot be written.
         """
-        write_checkpoint(self.checkpoint, state)
         if not keep:
+            write_checkpoint(self.checkpoint, state)
             return
         kept = self._kept(state["images"], ".pt")
-        with self._writing(kept):
-            copy_file(self.checkpoint, kept)
+        write_checkpoint(kept, state)  # first: a kill between the two lets the run take these steps again
+        with self._writing(self.checkpoint):
+            copy_file(kept, self.checkpoint)
         names = sorted(self.kept.glob(f"{self.command}-*.pt"), key=lambda path: (len(path.name), path.name))
         most = self.config.run.keep
         for old in names[: max(0, len(names) - most)] if most else []:

@@ -6,18 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from restoration.networks.timestep_predictor import TimestepPredictorConfig
+from training import degradation as jpeg
 from training.configs.common import DataConfig, OptimizerConfig, RunConfig, ValidationConfig
-from training.degradation import Degradation
 
-_DEGRADATION = Degradation(
-    quality_min=5,
-    quality_max=95,
-    subsampling={"4:2:0": 0.7, "4:4:4": 0.2, "4:2:2": 0.1},
-    double_probability=0.2,
-    shift=True,
-    ffmpeg_probability=0.3,
-    grayscale_probability=0.05,
-)
+_DEGRADATION = replace(jpeg.PRESETS["wide"], grayscale_probability=0.05)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,19 @@ PART = ".part"
 """Ending of a file that is being written; one that a kill left behind is of no use to anybody."""
 
 
+class FileProblemError(RuntimeError):
+    """Something is wrong with a file; the message says what, and what to do.
+
+    Args:
+        message: What happened, and what to do.
+        filename: What could not be written or read, if that is why.
+    """
+
+    def __init__(self, message: str, filename: str | None = None) -> None:
+        super().__init__(message)
+        self.filename = filename
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], object], *, flush: bool = False) -> None:
     """Write a file beside its place, then rename it.
 

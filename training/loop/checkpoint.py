@@ -11,20 +11,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from training.files import replace_file
+from training.files import FileProblemError, replace_file
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or used; the message says why.
-
-    Args:
-        message: What happened, and what to do.
-        filename: What could not be written.
-    """
-
-    def __init__(self, message: str, filename: str | None = None) -> None:
-        super().__init__(message)
-        self.filename = filename
+class CheckpointError(FileProblemError):
+    """A checkpoint cannot be written or used; the message says why."""
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:

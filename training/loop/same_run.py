@@ -11,6 +11,7 @@ from typing import Any
 
 from training.command_line.checks import Names, leaves, value_of
 from training.command_line.files import to_plain
+from training.files import FileProblemError
 
 CONFIG = "config.json"
 _FILES, _HELD_OUT = "files", "held_out"
@@ -26,17 +27,8 @@ _MUST_NOT_CHANGE = ("optimizer.eight_bit", "critic_optimizer.eight_bit")
 """Exceptions to it: the stored states of the optimiser would not fit."""
 
 
-class RunFolderError(RuntimeError):
-    """The folder holds another run, or something cannot be written to it.
-
-    Args:
-        message: What happened, and what to do.
-        filename: What could not be written.
-    """
-
-    def __init__(self, message: str, filename: str | None = None) -> None:
-        super().__init__(message)
-        self.filename = filename
+class RunFolderError(FileProblemError):
+    """The folder holds another run, or something cannot be written to it."""
 
 
 def stored_run(command: str, config: Any, held_out: Sequence[str]) -> str:

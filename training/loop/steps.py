@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from training.configs.common import OptimizerConfig, RunConfig
+from training.files import FileProblemError
 from training.loop.checkpoint import Average, CheckpointError
 from training.loop.optimizers import Learner, learning_rate
 from training.trainers.task import Task
@@ -22,17 +23,8 @@ _MOST_SKIPPED = 50
 """Steps in a row that fp16 may skip: its scale falls by half each time, from 65,536 to 1 within a third of that."""
 
 
-class TrainingStoppedError(RuntimeError):
-    """The training cannot go on; the message says at which step, and what to look at.
-
-    Args:
-        message: What happened.
-        filename: What could not be written, if that is why.
-    """
-
-    def __init__(self, message: str, filename: str | None = None) -> None:
-        super().__init__(message)
-        self.filename = filename
+class TrainingStoppedError(FileProblemError):
+    """The training cannot go on; the message says at which step, and what to look at."""
 
 
 class Steps:
